@@ -1,0 +1,117 @@
+"""The command table and its dispatch. Nothing heavy is imported before the command is known to need it."""
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from scoresde_cli import __version__
+from scoresde_cli.errors import ScoreSDEError, nearest, one_line
+
+# name: (what it does, whether it is a Hydra command with conf/NAME.yaml)
+COMMANDS: dict[str, tuple[str, bool]] = {
+    "train": ("train a score model, sample from it, measure both and draw the figures", True),
+    "sample": ("draw samples from a run, in the data's own units and column names", True),
+    "evaluate": ("measure a run again: score error, distances, loss against its baseline", True),
+    "verify": ("show the identity L_ISM = E L_SSM as numbers, for a network, a dimension and a law", True),
+    "rerun": ("train a run's config again in a new directory and compare the numbers", True),
+    "list": ("the options of a group, or of all; `list runs` shows the runs below this folder", False),
+    "doctor": ("check this installation and this machine", False),
+}
+PATH_KEYS = ("run", "resume", "dir", "out", "data.path")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; the exit code (errors.py)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return dispatch(arguments)
+    except ScoreSDEError as problem:
+        return fail(str(problem), problem.exit_code)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as problem:
+        where = f"{problem.filename}: " if problem.filename else ""
+        return fail(f"{where}{problem.strerror or one_line(problem)}", 2)
+    except MemoryError:
+        return fail("out of memory: a smaller batch_size, eval.n or network needs less", 2)
+    except Exception as problem:  # what is left is a bug of ours: say so in a line, keep the traceback
+        return fail(f"internal error: {type(problem).__name__}: {one_line(problem)[:300]}{keep_traceback()}", 1)
+
+
+def fail(message: str, code: int) -> int:
+    print(f"scoresde: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def keep_traceback() -> str:
+    """Write the traceback to a file; where, for the message."""
+    import tempfile
+
+    if os.environ.get("SCORESDE_DEBUG"):
+        traceback.print_exc()
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="scoresde-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return ""
+    return f" (the traceback is in {file.name}; please report it)"
+
+
+def dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        from scoresde_cli import pages
+
+        print(pages.overview(arguments[1]) if len(arguments) > 1 and arguments[1] in COMMANDS else pages.overview())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"scoresde {__version__}")
+        return 0
+    if arguments[0] in ("-sc", "--shell-completion", "--shell_completion"):
+        from scoresde_cli import completion
+
+        return completion.main(arguments)
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS)
+        if "=" in name:
+            hint = f"; a command comes first: scoresde train {name}"
+        raise ScoreSDEError(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}{hint}")
+    if any(a in ("-h", "--help") for a in rest):
+        from scoresde_cli import pages
+
+        print(pages.command(name))
+        return 0
+    if sys.path[0] != "":
+        sys.path.insert(0, "")  # a user's own classes in the current folder can be named by _target_
+    module = f"scoresde_cli.commands.{name}"
+    if not COMMANDS[name][1]:
+        return importlib.import_module(module).main(rest)
+    from scoresde_cli import hydra_app
+
+    return hydra_app.run(name, module, [quote(a) for a in positional(name, rest)])
+
+
+def positional(name: str, rest: list[str]) -> list[str]:
+    """`scoresde rerun DIR` means `run=DIR`, for the commands that read a run."""
+    if name in ("sample", "evaluate", "rerun") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        return [f"run={rest[0]}", *rest[1:]]
+    return rest
+
+
+def quote(argument: str) -> str:
+    """Quote the value of a path, so that Hydra's grammar does not read spaces, commas or brackets in it."""
+    key, equals, value = argument.partition("=")
+    if not equals or key.lstrip("+") not in PATH_KEYS or not value or value[0] in "'\"" or value == "null":
+        return argument
+    plain = all(c.isalnum() or c in "/._-:~@" for c in value)
+    if plain or (not Path(value).exists() and "," in value):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+

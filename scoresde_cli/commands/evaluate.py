@@ -1,0 +1,50 @@
+"""`scoresde evaluate`: measure a run again and keep the numbers with their protocol."""
+
+import json
+from typing import Annotated, Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, NonNegativeInt
+
+from scoresde_cli import evaluation
+from scoresde_cli.checks import check_call
+from scoresde_cli.commands.sample import pick_sampler
+from scoresde_cli.compose import compose
+from scoresde_cli.runs import Run, RunDir, command_line, jsonable, now
+from scoresde_cli.tracking import console
+from scoresde_cli.training.state import write_durably
+
+
+class Keys:
+    """The keys of `evaluate`."""
+
+    def __init__(
+        self, run: str, n: Annotated[int, Field(ge=20)], seed: NonNegativeInt, average: bool, device: str,
+        t_min: Annotated[float, Field(gt=0, lt=1)] | None, trust: bool,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError("a schema, never made")
+
+
+def task(config: DictConfig) -> int:
+    keys: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    chosen = keys.pop("sampler", None)
+    check_call(Keys, keys, "")
+    folder = RunDir.open(keys["run"])
+    run = Run(folder, keys["trust"], keys["device"], keys["average"])
+    parts = compose({**run.config, "device": keys["device"], "resume": None, "dir": None, "trust": False})
+    if parts.data.facts.get("sha256") != folder.facts()["data"].get("sha256"):
+        console.warn("the data file has changed since the run was trained: the numbers are for the file as it is now")
+    sampler = pick_sampler(run, chosen, keys["t_min"])
+    with console.counting("sampling", keys["n"]) as progress:
+        summary, _, _ = evaluation.evaluate(
+            parts, run.model, sampler, keys["n"], seed=keys["seed"], averaged=run.averaged, step=run.step, progress=progress
+        )
+    file = run.path / "evaluation.json"
+    earlier = json.loads(file.read_text()) if file.exists() else []
+    entry = {"time": now(), "command": command_line(), "summary": jsonable(summary)}
+    write_durably(file, (json.dumps([*earlier, entry], indent=1) + "\n").encode())
+    console.panel(f"{run.path}, step {run.step}", summary, [f"written  {file} (entry {len(earlier) + 1})"])
+    problem = evaluation.verdict(summary)
+    if problem:
+        console.warn(problem)
+    return 0

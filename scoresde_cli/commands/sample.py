@@ -1,0 +1,104 @@
+"""`scoresde sample`: draw samples from a run and write them in the user's units."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from scoresde_cli.checks import check_call
+from scoresde_cli.compose import build
+from scoresde_cli.datasets.base import Dataset
+from scoresde_cli.errors import ScoreSDEError, nearest
+from scoresde_cli.runs import Run, RunDir
+from scoresde_cli.samplers.base import Sampler
+from scoresde_cli.tracking import console
+
+SUFFIXES = (".npz", ".csv", ".parquet", ".png")
+
+
+class Keys:
+    """The keys of `sample`."""
+
+    def __init__(
+        self, run: str, n: PositiveInt, seed: NonNegativeInt, out: str | None, average: bool, device: str,
+        t_min: Annotated[float, Field(gt=0, lt=1)] | None, overwrite: bool, trust: bool,
+    ) -> None:  # fmt: skip
+        raise NotImplementedError("a schema, never made")
+
+
+def task(config: DictConfig) -> int:
+    keys: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    chosen = keys.pop("sampler", None)
+    check_call(Keys, keys, "")
+    out = None if keys["out"] is None else check_out(Path(keys["out"]).expanduser(), keys["overwrite"])
+    folder = RunDir.open(keys["run"])
+    run = Run(folder, keys["trust"], keys["device"], keys["average"])
+    sampler = pick_sampler(run, chosen, keys["t_min"])
+    if out is None:
+        name = f"{type(sampler).__name__}-{sampler.steps}-n{keys['n']}-seed{keys['seed']}.npz"
+        out = check_out(run.path / "samples" / name, keys["overwrite"])
+    with console.counting("sampling", keys["n"]) as progress:
+        samples = run.sample_model(keys["n"], keys["seed"], sampler, progress)
+    write_samples(out, run.parts.data, samples.x.cpu(), keys["overwrite"])
+    weights = "averaged weights" if run.averaged else "last weights"
+    console.note(f"{keys['n']} samples by {type(sampler).__name__}, {samples.nfe} evaluations each, {weights} of step {run.step}")
+    console.note(f"written  {out}")
+    return 0
+
+
+def pick_sampler(run: Run, chosen: dict[str, Any] | None, t_min: float | None) -> Sampler:
+    """The sampler of the command line, else the run's own."""
+    if chosen is None:
+        if t_min is not None:
+            run.parts.sampler.t_min = t_min
+        return run.parts.sampler
+    if chosen.get("t_min") is None:
+        chosen["t_min"] = run.parts.settings.t_min
+    sampler: Sampler = build(chosen, "sampler")
+    return sampler
+
+
+def check_out(path: Path, overwrite: bool) -> Path:
+    if path.suffix.lower() not in SUFFIXES:
+        raise ScoreSDEError(f"out={path}: expected a name ending in {', '.join(SUFFIXES)}{nearest(path.suffix, SUFFIXES)}")
+    if path.exists() and not overwrite:
+        raise ScoreSDEError(f"{path} exists already; choose another out= or say overwrite=true")
+    if path.suffix.lower() != ".npz" and not path.parent.is_dir():
+        raise ScoreSDEError(f"out={path}: the folder {path.parent} does not exist")
+    return path
+
+
+def write_samples(path: Path, data: Dataset, x: Tensor, overwrite: bool) -> None:
+    """Write samples x (n, *D), given in model coordinates, in the user's units."""
+    check_out(path, overwrite)
+    u = data.units.to_user(x).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        write(temporary, path.suffix.lower(), data, u, x)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, suffix: str, data: Dataset, u: np.ndarray, x: Tensor) -> None:
+    if suffix == ".npz":
+        names = {} if data.columns is None else {"columns": np.array(data.columns)}
+        np.savez_compressed(path, x=u.astype(np.float32), **names)
+        return
+    if suffix == ".png":
+        from scoresde_cli import figures
+
+        figures.picture(data, u, path)
+        return
+    import pandas as pd
+
+    flat = u.reshape(len(u), -1)
+    frame = pd.DataFrame(flat, columns=data.columns or [f"x{i}" for i in range(flat.shape[1])])
+    if suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path, index=False)

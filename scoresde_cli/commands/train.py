@@ -1,0 +1,245 @@
+"""`scoresde train`: compose, train, measure, draw; or go on with a run that was cut."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from scoresde_cli import evaluation
+from scoresde_cli.commands.sample import write_samples
+from scoresde_cli.compose import Parts, advice, build, compose
+from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
+from scoresde_cli.networks.model import ScoreModel
+from scoresde_cli.runs import RunDir, command_line, now
+from scoresde_cli.tracking import console
+from scoresde_cli.tracking.base import Tracker
+from scoresde_cli.tracking.jsonl import JsonLines, read_rows
+from scoresde_cli.tracking.wandb import WandB
+from scoresde_cli.training import loop
+from scoresde_cli.training.state import TrainState, checkpoints, save_checkpoint
+from scoresde_cli.training.stop import StopRequest, stop_requests
+
+MAY_CHANGE = ("steps", "max_seconds", "resume", "trust")
+
+
+def task(config: DictConfig) -> int:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    overrides = list(hydra.overrides.task)
+    if plain.get("resume") is not None:
+        return resume(plain, overrides)
+    folder = hydra.runtime.output_dir if hydra.mode == RunMode.MULTIRUN else None
+    fresh(plain, overrides, folder)
+    return 0
+
+
+def fresh(config: dict[str, Any], overrides: list[str], folder: str | None = None) -> RunDir:
+    """Train in a new directory; the finished run."""
+    parts = compose(config)
+    tracker = build(config["tracker"], "tracker")
+    say(parts, overrides)
+    run = RunDir.create(config, folder or parts.settings.dir)
+    with run.lock():
+        run.begin(config, parts, command_line())
+        session(run, config, parts, tracker, None)
+    return run
+
+
+def resume(config: dict[str, Any], overrides: list[str]) -> int:
+    """Go on with the run in `resume`, in the same directory, with the same config."""
+    run = RunDir.open(str(config["resume"]), "resume")
+    foreign = [o for o in overrides if (key := o.lstrip("+~").split("=")[0]) not in MAY_CHANGE and not key.startswith("tracker")]
+    if foreign:
+        raise ScoreSDEError(
+            f"resume keeps the run's own config: {', '.join(foreign)} cannot change; only steps, max_seconds and tracker.* can"
+        )
+    with run.lock():
+        kept = run.config(bool(config["trust"]))
+        was_finished = run.facts()["status"] == "finished"
+        for override in overrides:
+            key = override.split("=")[0]
+            if key in ("steps", "max_seconds"):
+                kept[key] = config[key]
+            elif key.startswith("tracker."):
+                kept["tracker"][key.split(".", 1)[1]] = config["tracker"][key.split(".", 1)[1]]
+        parts = compose(kept)
+        checkpoint = run.checkpoint(parts.device) if checkpoints(run.path / "checkpoints") else None
+        done = 0 if checkpoint is None else int(checkpoint.facts["step"])
+        if done > parts.settings.steps:
+            raise ScoreSDEError(f"steps={parts.settings.steps}: the run is at step {done} already; say steps=N with N above that")
+        if was_finished and done == parts.settings.steps:
+            console.note(f"{run.path}: finished at step {done}; go on with steps=N, N above that")
+            return 0
+        if parts.data.facts.get("sha256") != run.facts()["data"].get("sha256"):
+            raise ScoreSDEError(f"resume={run.path}: the data file has changed since the run began")
+        if any(o.startswith("steps=") for o in overrides) and parts.optimizer.schedule == "cosine":
+            console.note("the cosine schedule now ends at the new number of steps")
+        tracker = build(kept["tracker"], "tracker")
+        run.write_config(kept)
+        sessions = [*run.facts()["sessions"], {"started": now(), "step": done, "command": command_line()}]
+        run.update(status="running", sessions=sessions)
+        console.note(f"going on with {run.path} at step {done}")
+        session(run, kept, parts, tracker, checkpoint)
+    return 0
+
+
+def say(parts: Parts, overrides: list[str]) -> None:
+    """What will run, and what the user should know of it."""
+    notes, warnings = advice(parts, overrides)
+    size = sum(p.numel() for p in parts.model.parameters())
+    shape = "x".join(map(str, parts.data.shape))
+    console.note(f"loss {parts.loss.convention()}")
+    console.note(
+        f"data {len(parts.data.splits['train'])} x {shape}, network {size} weights, {parts.settings.precision} on {parts.device}"
+    )
+    for line in notes:
+        console.note(f"note: {line}")
+    for line in warnings:
+        console.warn(line)
+
+
+def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, checkpoint: Any) -> None:
+    """From here to the end of the run, whatever the end is; its status is on disk afterwards."""
+    trackers: list[Tracker] = []
+    code = 1
+    with stop_requests() as stop:
+        try:
+            state = prepare(run, parts, checkpoint)
+            baseline = gaussian_loss(parts)
+            trackers = [
+                JsonLines(run.path / "metrics.jsonl", state.step),
+                console.Training(parts.settings.steps, parts.settings.max_seconds, state.step, baseline),
+            ]
+            optimise(run, config, parts, state, trackers, tracker, stop)
+            for each in trackers[1:2]:
+                each.finish(0)  # the live line ends before other output begins
+            conclude(run, parts, state, trackers, baseline)
+            run.update(status="finished", ended=now())
+            code = 0
+        except Stopped as problem:
+            run.update(status="preempted", ended=now())
+            code = problem.exit_code
+            raise Stopped(f"{problem}; go on with: scoresde train resume={run.path}", code) from None
+        except Diverged as problem:
+            run.update(status="diverged", ended=now(), error=str(problem))
+            code = problem.exit_code
+            kept = checkpoints(run.path / "checkpoints")
+            last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written before that"
+            raise Diverged(f"{problem}; {last}; a smaller optimizer.lr or optimizer.clip may help") from None
+        except BaseException as problem:
+            record_failure(run, problem)
+            raise
+        finally:
+            for each in (*trackers, tracker):
+                each.finish(code)
+
+
+def record_failure(run: RunDir, problem: BaseException) -> None:
+    try:
+        run.update(status="failed", ended=now(), error=f"{type(problem).__name__}: {problem}")
+    except OSError:
+        pass  # the disk may be what failed; a stale `running` is told by its lock
+
+
+def prepare(run: RunDir, parts: Parts, checkpoint: Any) -> TrainState:
+    state = loop.start(plan_of(parts))
+    if checkpoint is not None:
+        checkpoint.restore(state)
+    return state
+
+
+def plan_of(parts: Parts) -> loop.Plan:
+    s = parts.settings
+
+    def resident(split: str) -> torch.Tensor:
+        return parts.data.splits[split].to(device=parts.device, dtype=parts.dtype)
+
+    return loop.Plan(
+        parts.model, parts.sde, parts.loss, parts.optimizer, resident("train"), resident("valid"), s.seed, s.steps,
+        s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
+    )  # fmt: skip
+
+
+def gaussian_loss(parts: Parts) -> float:
+    """The training loss of the Gaussian part alone, on 20,000 training samples: the line that training has to cross."""
+    x0 = parts.data.splits["train"][:20_000].to(device=parts.device, dtype=parts.dtype)
+    reference = parts.loss.reference(x0[0].numel())
+    return float(loop.mean_loss(reference, parts.model.gaussian_part(), parts.sde, x0, parts.settings.seed, "baseline").mean())
+
+
+def optimise(
+    run: RunDir, config: dict[str, Any], parts: Parts, state: TrainState, trackers: list[Tracker], wandb: WandB,
+    stop: StopRequest,
+) -> None:  # fmt: skip
+    """The training itself; W&B starts with the first row, so that the first step does not wait for it."""
+
+    def join_wandb() -> None:
+        if wandb not in trackers:
+            trackers.append(wandb)
+            known = run.facts().get("wandb")
+            found = wandb.begin(run.path, config, known)
+            if found != known:
+                run.update(wandb=found)
+
+    def log(row: dict[str, Any]) -> None:
+        join_wandb()
+        for each in trackers:
+            each.log(row)
+
+    def save(state: TrainState) -> Path:
+        return save_checkpoint(state, run.path / "checkpoints", parts.settings.checkpoint["keep"])
+
+    loop.train(plan_of(parts), state, loop.Watch(log, save, stop))
+    join_wandb()
+
+
+def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracker], baseline: float) -> None:
+    """Sample, measure, draw, write, and say what came out."""
+    s = parts.settings
+    model = state.evaluated()
+    assert isinstance(model, ScoreModel)
+    console.note(f"training done in {state.seconds:.1f} s; sampling and measuring")
+    summary, samples, held_out = evaluation.evaluate(
+        parts, model, parts.sampler, s.eval["n"], seed=s.seed, averaged=state.average is not None, step=state.step
+    )
+    summary["train_seconds"] = evaluation.plain(state.seconds, "s", step=state.step, threads=torch.get_num_threads())
+    summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    summary["peak_memory_mb"] = evaluation.plain(peak, "MB", of="the process, host memory")
+    write_samples(run.path / "samples.npz", parts.data, samples.x.cpu(), overwrite=True)
+    figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline) if s.eval["figures"] else []
+    run.write("summary.json", summary)
+    for each in trackers:
+        each.summary(summary, figures)
+    lines = [f"run      {run.path}", *(f"figure   {path}" for path in figures)]
+    lines += [
+        f"next     scoresde sample run={run.path} n=1000 out=samples.csv",
+        f"         scoresde evaluate run={run.path}",
+        f"         scoresde train resume={run.path} steps={2 * s.steps}",
+    ]
+    console.panel(f"{parts.loss.convention()}", summary, lines)
+    problem = evaluation.verdict(summary)
+    if problem:
+        console.warn(problem)
+    if "sliced_wasserstein" not in summary:
+        console.warn("some samples are not finite: no distance was measured (more sampler.steps or a better score may help)")
+
+
+def draw(
+    run: RunDir, parts: Parts, model: ScoreModel, drawn: torch.Tensor, held_out: torch.Tensor, baseline: float
+) -> list[Path]:
+    from scoresde_cli import figures
+
+    folder, title = run.path / "figures", f"{parts.loss.convention()}, seed {parts.settings.seed}"
+    paths = [
+        figures.samples(parts.data, drawn, held_out, title, folder / "samples.png"),
+        figures.loss_curve(read_rows(run.path / "metrics.jsonl"), baseline, title, folder / "loss.png"),
+    ]
+    if tuple(parts.data.shape) == (2,):
+        paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
+    return paths

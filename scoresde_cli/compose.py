@@ -1,0 +1,252 @@
+"""The one place that turns a config into parts and checks that they fit."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import nn
+
+from scoresde_cli import projections
+from scoresde_cli.checks import check_call
+from scoresde_cli.datasets.base import Dataset, Units
+from scoresde_cli.errors import ScoreSDEError, nearest, one_line
+from scoresde_cli.losses.base import Loss, Times
+from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
+from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian
+from scoresde_cli.networks.parameterisation import Parameterisation
+from scoresde_cli.rng import generator
+from scoresde_cli.samplers.base import Sampler
+from scoresde_cli.sdes.base import SDE
+from scoresde_cli.training.optimizer import Adam
+
+Precision = Literal["fp32", "fp64"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64}
+PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")
+
+
+@dataclass(frozen=True)
+class CheckpointKeys:
+    """The keys under `checkpoint`."""
+
+    every: PositiveInt
+    keep: PositiveInt
+
+
+@dataclass(frozen=True)
+class EvalKeys:
+    """The keys under `eval`."""
+
+    n: Annotated[int, Field(ge=20)]
+    figures: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The top-level keys of `train` that are not parts, as conf/train.yaml describes them."""
+
+    n_proj: PositiveInt
+    steps: PositiveInt
+    max_seconds: PositiveFloat | None
+    batch_size: PositiveInt
+    seed: NonNegativeInt
+    t_min: Annotated[float, Field(gt=0, lt=1)]
+    times: Times
+    ema: Annotated[float, Field(gt=0, lt=1)] | None
+    device: str
+    precision: Precision
+    log_every: PositiveInt
+    checkpoint: dict[str, Any]
+    eval: dict[str, Any]
+    dir: str | None = None
+    resume: str | None = None
+    trust: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    data: Dataset
+    sde: SDE
+    model: ScoreModel
+    loss: Loss
+    optimizer: Adam
+    sampler: Sampler
+    settings: Settings
+    device: torch.device
+    dtype: torch.dtype
+
+
+def locate(target: object, where: str) -> Any:
+    """The class that a `_target_` names. Raises ScoreSDEError where there is none."""
+    if not isinstance(target, str) or "." not in target:
+        raise ScoreSDEError(f"{where}._target_={target}: expected the dotted path of a class, as in package.module.Class")
+    module, _, name = target.rpartition(".")
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as problem:
+        raise ScoreSDEError(
+            f"{where}._target_={target}: no module named {problem.name!r} (is its folder the current one, or on PYTHONPATH?)"
+        ) from None
+    except Exception as problem:  # a user's own module can fail in any way
+        raise ScoreSDEError(
+            f"{where}._target_={target}: importing it failed, {type(problem).__name__}: {one_line(problem)[:200]}"
+        ) from problem
+    found = getattr(loaded, name, None)
+    if not isinstance(found, type):
+        raise ScoreSDEError(f"{where}._target_={target}: no class {name!r} in {module}{nearest(name, vars(loaded))}")
+    return found
+
+
+def build(node: Mapping[str, Any], where: str, **runtime: Any) -> Any:
+    """The object that a config node describes, nested nodes first; `runtime` holds what the program fills in."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ScoreSDEError(f"{where}={node}: expected one of the options of the group; `scoresde list {where}` shows them")
+    cls = locate(node["_target_"], where)
+    given: dict[str, Any] = {}
+    for name, value in node.items():
+        if name != "_target_":
+            nested = isinstance(value, Mapping) and "_target_" in value
+            given[name] = build(value, f"{where}.{name}") if nested else value
+    check_call(cls, given, where, tuple(runtime))
+    return cls(**given, **runtime)
+
+
+def settings(config: Mapping[str, Any]) -> Settings:
+    """The checked top-level keys of a resolved config."""
+    given = {name: value for name, value in config.items() if name not in PARTS}
+    fields = [f.name for f in dataclasses.fields(Settings)]
+    for name in given:
+        if name not in fields:
+            raise ScoreSDEError(f"unknown key {name}: no such key at the top level{nearest(name, [*fields, *PARTS])}")
+    check_call(Settings, given, "")
+    for name, keys in (("checkpoint", CheckpointKeys), ("eval", EvalKeys)):
+        check_call(keys, given[name], name)
+    return Settings(**given)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda[:i] or mps. Raises ScoreSDEError where this machine lacks it."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
+    kind = name.partition(":")[0]
+    if kind not in available:
+        raise ScoreSDEError(f"device={name}: expected auto, cpu, cuda or mps{nearest(name, available)}")
+    if not available[kind]:
+        here = ", ".join(k for k, there in available.items() if there)
+        raise ScoreSDEError(f"device={name}: not available on this machine; it has {here}")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ScoreSDEError(f"device={name}: expected auto, cpu, cuda, cuda:INDEX or mps") from None
+
+
+def build_model(
+    config: Mapping[str, Any], sde: SDE, shape: tuple[int, ...], gaussian: Gaussian, seed: int
+) -> ScoreModel:
+    """The score model with weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "init").initial_seed())
+        network: nn.Module = build(config["network"], "network", shape=tuple(shape))
+    parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
+    return ScoreModel(network, sde, parameterisation, gaussian)
+
+
+def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
+    """Refuse parts that do not fit together, naming what would."""
+    if loss.needs_kernel and sde.kernel() is None:
+        raise ScoreSDEError(
+            f"loss={loss.name} needs a closed-form kernel, which sde {type(sde).__name__} has not; ism, ssm and ssm_vr work"
+        )
+    missing = sampler.needs - model.provides
+    if missing:
+        raise ScoreSDEError(f"sampler {type(sampler).__name__} needs {sorted(missing)}; the model has {sorted(model.provides)}")
+    if not loss.second_order:
+        return
+    activation = getattr(model.network, "activation", None)
+    flat = [type(m).__name__ for m in model.network.modules() if isinstance(m, PIECEWISE_LINEAR_MODULES)]
+    if activation in PIECEWISE_LINEAR or flat:
+        raise ScoreSDEError(
+            f"network.activation={activation or flat[0]} with loss={loss.name}: piecewise linear, so the gradient of tr J is "
+            "silently wrong (its second derivative is zero almost everywhere); take silu, gelu, tanh, or loss=dsm"
+        )
+    mixing = [type(m).__name__ for m in model.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if mixing:
+        raise ScoreSDEError(
+            f"the network holds {mixing[0]}: it mixes the samples of a batch, so tr J of a single sample is wrong under "
+            f"loss={loss.name}; take LayerNorm or GroupNorm, or loss=dsm"
+        )
+
+
+def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """(notes, warnings): what the user should know before the work starts, a line each."""
+    loss, d, s = parts.loss, int(torch.Size(parts.data.shape).numel()), parts.settings
+    notes, warnings = [], []
+    law = getattr(loss, "projection", None)
+    if law is None:
+        ignored = [o for o in overrides if o.split("=")[0] in ("n_proj", "projection")]
+        if ignored:
+            notes.append(f"loss={loss.name} draws no directions: {', '.join(ignored)} has no effect")
+    elif loss.name == "ssm_vr" and s.n_proj >= d:
+        notes.append(f"n_proj={s.n_proj} >= d={d}: the trace is exact ({d} unit directions), no direction is drawn")
+    elif loss.name == "ssm" and s.n_proj >= d:
+        notes.append(f"n_proj={s.n_proj} >= d={d}: loss=ism would be exact for {d} directions; ssm draws as asked")
+    if loss.name == "ssm" and d > 8:
+        warnings.append(f"loss=ssm at d={d}: the variance of (v^T S)^2 grows like d; loss=ssm_vr keeps the square exact")
+    exact = loss.name == "ssm_vr" and s.n_proj >= d
+    if isinstance(law, projections.Gaussian) and d <= 4 and not exact:
+        warnings.append(f"projection=gaussian at d={d}: about three times the variance of rademacher")
+    if loss.name == "ism" and d > 16:
+        warnings.append(f"loss=ism at d={d}: {d} directions a sample; ssm_vr with 1 to 4 learns as well for less")
+    if loss.second_order and parts.model.parameterisation.warning:
+        warnings.append(parts.model.parameterisation.warning)
+    if parts.optimizer.schedule == "constant" and s.ema is None:
+        warnings.append("a constant learning rate without ema: the last weights carry the noise of the last steps")
+    if s.steps < 2000:
+        warnings.append(f"steps={s.steps}: under 2000 steps score matching is rarely done learning")
+    return notes, warnings
+
+
+def compose(
+    config: Mapping[str, Any], data: Dataset | None = None, gaussian: Gaussian | None = None
+) -> Parts:
+    """All parts of a resolved config, checked against each other. Raises ScoreSDEError before any work starts.
+
+    Args:
+        config: the resolved config, plain data.
+        data: a data set that exists already; None builds it.
+        gaussian: moments of the training data, where they are known already.
+    """
+    keys = settings(config)
+    device, dtype = pick_device(keys.device), DTYPES[keys.precision]
+    sde: SDE = build(config["sde"], "sde")
+    if keys.t_min >= sde.T:
+        raise ScoreSDEError(f"t_min={keys.t_min}: expected less than the process's T={sde.T}")
+    optimizer: Adam = build(config["optimizer"], "optimizer")
+    sampler: Sampler = build(config["sampler"], "sampler")
+    loss: Loss = build(config["loss"], "loss")
+    build(config["projection"], "projection")
+    if data is None:
+        data = build(config["data"], "data")
+    if gaussian is None:
+        covariance = build(config["parameterisation"], "parameterisation").covariance
+        gaussian = fit_gaussian(data.splits["train"], covariance)
+    model = build_model(config, sde, data.shape, gaussian, keys.seed).to(device=device, dtype=dtype)
+    match(sde, loss, sampler, model)
+    law = getattr(loss, "projection", None)
+    if law is not None and type(law).__module__ != projections.__name__:
+        projections.check_law(law, int(torch.Size(data.shape).numel()), type(law).__name__)
+    return Parts(data, sde, model, loss, optimizer, sampler, keys, device, dtype)
+
+
+class Stored(Dataset):
+    """What a run remembers of its data: shape, names and units, so that it can sample without the data."""
+
+    def __init__(self, shape: tuple[int, ...], kind: Any, columns: list[str] | None, units: Units) -> None:
+        self.shape, self.kind, self.columns, self.units = shape, kind, columns, units
+        self.splits, self.facts = {}, {}

@@ -1,0 +1,86 @@
+"""Where conf/ is and what stands in it, read as text: help, completion and `list` use this and need nothing heavy."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+COMMANDS = ("train", "sample", "evaluate", "verify", "rerun")
+
+
+@cache
+def conf_dir() -> Path:
+    """conf/ beside the package (a wheel) or at the repository's root (an editable install)."""
+    inside = Path(__file__).parent / "conf"
+    return inside if (inside / "train.yaml").is_file() else Path(__file__).parent.parent / "conf"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A YAML file as plain data."""
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def describe(path: Path) -> str:
+    """What a file says of itself: its first comment line."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and not line.startswith("# @"):
+            return line[2:].strip()
+    return ""
+
+
+def groups(command: str = "train") -> dict[str, str | None]:
+    """The groups that a command composes, with their default options."""
+    found: dict[str, str | None] = {}
+    for entry in load(conf_dir() / f"{command}.yaml").get("defaults", []):
+        if isinstance(entry, dict):
+            [(group, option)] = entry.items()
+            if not group.startswith("override"):
+                found[group] = option
+    return found
+
+
+def options(group: str) -> list[str]:
+    """The options of a group."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def keys(command: str) -> list[tuple[str, Any, str]]:
+    """The top-level keys of a command: dotted name, default, what it is (the comment behind it), in the file's order."""
+    comments: dict[str, str] = {}
+    stack: list[tuple[int, str]] = []
+    for line in (conf_dir() / f"{command}.yaml").read_text(encoding="utf-8").splitlines():
+        code, _, comment = line.partition("  # ")
+        if ":" not in code or code.lstrip().startswith(("#", "-")):
+            continue
+        indent = len(code) - len(code.lstrip())
+        stack = [(i, name) for i, name in stack if i < indent] + [(indent, code.split(":")[0].strip())]
+        comments[".".join(name for _, name in stack)] = comment.strip()
+
+    def flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+        found: list[tuple[str, Any]] = []
+        for name, value in data.items():
+            found += flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        return found
+
+    data = {k: v for k, v in load(conf_dir() / f"{command}.yaml").items() if k not in ("defaults", "hydra")}
+    return [(name, value, comments.get(name, "")) for name, value in flat(data)]
+
+
+def dotted_keys(command: str) -> list[str]:
+    """Every key that a command line may set: groups, top-level keys, and the keys of the groups' options."""
+    found = {name for name, _, _ in keys(command)} | {name.split(".")[0] for name, _, _ in keys(command)}
+    for group in groups(command):
+        found.add(group)
+        for option in options(group):
+            found |= {f"{group}.{key}" for key in load(conf_dir() / group / f"{option}.yaml") if not key.startswith("_")}
+    return sorted(found)
+
+
+@cache
+def shipped_targets() -> frozenset[str]:
+    """Every `_target_` in the shipped configs: what a stranger's config may construct."""
+    found = set()
+    for path in conf_dir().glob("*/*.yaml"):
+        found.add(load(path).get("_target_", ""))
+    return frozenset(found - {""})

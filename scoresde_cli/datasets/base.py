@@ -1,0 +1,127 @@
+"""The contract of every data set: splits in model coordinates, the way back to the user's units, the law if known."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scoresde_cli.datasets.oracle import Mixture, Oracle
+from scoresde_cli.rng import generator
+from scoresde_cli.sdes.base import SDE
+
+Kind = Literal["points", "table", "image"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """user = F x + shift for model coordinates x; F is given by `scale` (d,) or, where that is None, `matrix` (d, d).
+
+    Attributes:
+        resolution: (d,), the grid of each coordinate that was dequantised, 0 for a continuous one. The way back rounds
+            to it.
+    """
+
+    shape: tuple[int, ...]
+    shift: Tensor
+    scale: Tensor | None
+    matrix: Tensor | None = None
+    resolution: Tensor | None = None
+
+    @classmethod
+    def identity(cls, shape: tuple[int, ...]) -> "Units":
+        d = int(torch.Size(shape).numel())
+        return cls(shape, torch.zeros(d, dtype=torch.float64), torch.ones(d, dtype=torch.float64))
+
+    def to_model(self, u: Tensor) -> Tensor:
+        """(n, *D) in the user's units to float64 model coordinates."""
+        y = u.double().flatten(1) - self.shift
+        x = y / self.scale if self.scale is not None else torch.linalg.solve(self.matrix, y.T).T
+        return x.reshape(-1, *self.shape)
+
+    def to_user(self, x: Tensor, rounded: bool = True) -> Tensor:
+        """(n, *D) in model coordinates to float64 in the user's units, on the grid of dequantised columns."""
+        y = x.double().flatten(1)
+        y = y * self.scale if self.scale is not None else y @ self.matrix.T  # type: ignore[union-attr]
+        u = y + self.shift
+        if rounded and self.resolution is not None:
+            step = torch.where(self.resolution > 0, self.resolution, 1.0)
+            u = torch.where(self.resolution > 0, (u / step).round() * step, u)
+        return u.reshape(-1, *self.shape)
+
+    def log_det(self) -> float:
+        """log |det dx/du|: added to log p(x), it gives the log-density in the user's units."""
+        if self.scale is not None:
+            return -float(self.scale.abs().log().sum())
+        return -float(torch.linalg.slogdet(self.matrix)[1])
+
+
+class Dataset(ABC):
+    """Data in model coordinates.
+
+    Attributes:
+        shape: D of one sample.
+        kind: how to show it.
+        columns: names of the columns of a table, else None.
+        units: the way to the user's units and back.
+        splits: float32 tensors (n, *D) by name: train, valid, test.
+        facts: what a reader of the run should know (file, rows dropped, ...).
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind = "points"
+    columns: list[str] | None = None
+    units: Units
+    splits: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def fresh(self, n: int, source: torch.Generator) -> Tensor | None:
+        """n new samples (n, *D) float32 where the law can be sampled, else None."""
+        return None
+
+    def oracle(self, sde: SDE) -> Oracle | None:
+        """Exact log p_t and score where the law is known, else None."""
+        return None
+
+
+class Sampled(Dataset):
+    """A law that can be sampled: the splits are independent draws from it.
+
+    Args:
+        n: training samples; validation and test have a fifth of it each.
+        seed: of the draws; fixed by default, so that runs of unlike `seed` share their data.
+    """
+
+    def __init__(self, shape: tuple[int, ...], n: int, seed: int) -> None:
+        self.shape, self.units, self.facts = shape, Units.identity(shape), {"n": n}
+        sizes = {"train": n, "valid": max(n // 5, 100), "test": max(n // 5, 100)}
+        self.splits = {name: self.fresh(size, generator(seed, "data", i)) for i, (name, size) in enumerate(sizes.items())}
+
+    @abstractmethod
+    def draw(self, n: int, source: torch.Generator) -> Tensor:
+        """n draws (n, *D), float64."""
+
+    def fresh(self, n: int, source: torch.Generator) -> Tensor:
+        return self.draw(n, source).float()
+
+
+class SampledMixture(Sampled):
+    """A Gaussian mixture: exact density and score at every t."""
+
+    def __init__(self, law: Mixture, n: int, seed: int) -> None:
+        self.law = law
+        super().__init__((law.means.shape[1],), n, seed)
+
+    def draw(self, n: int, source: torch.Generator) -> Tensor:
+        return self.law.sample(n, source)
+
+    def oracle(self, sde: SDE) -> Oracle:
+        return Oracle(self.law, sde)
+
+
+def split_rows(n: int, seed: int) -> dict[str, Tensor]:
+    """Row numbers of a random split of n rows: 70 percent train, 10 valid, 20 test."""
+    order = torch.randperm(n, generator=generator(seed, "split"))
+    a, b = round(0.7 * n), round(0.8 * n)
+    return {"train": order[:a], "valid": order[a:b], "test": order[b:]}

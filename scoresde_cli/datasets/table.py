@@ -1,0 +1,198 @@
+"""The user's own data: tables from CSV, Parquet, NPY and NPZ files."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from scoresde_cli.datasets.base import Dataset, Units, split_rows
+from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest, one_line
+from scoresde_cli.rng import generator, uniform
+
+MIN_ROWS = 20
+SEPARATORS = ",;\t|"
+
+
+class Table(Dataset):
+    """Rows of a file; columns keep their names and units.
+
+    Args:
+        path: a .csv, .tsv, .txt, .parquet, .npy or .npz file.
+        columns: names to keep, in this order; None for all.
+        missing: refuse rows with missing values, or drop them.
+        scaling: standardise (mean 0, variance 1 by column), whiten (covariance I) or none; moments of the training rows.
+        dequantise: add uniform noise of each column's smallest step, so that a density exists; samples are rounded back.
+        key: name of the array in an .npz file that holds several.
+        seed: of the split and of the dequantisation.
+
+    Raises Unreadable (exit code 4) where the file cannot serve, ScoreSDEError (2) where a setting does not fit it.
+    """
+
+    kind = "table"
+
+    def __init__(
+        self, path: str, columns: list[str] | None = None, missing: Literal["refuse", "drop"] = "refuse",
+        scaling: Literal["standardise", "whiten", "none"] = "standardise", dequantise: bool = False,
+        key: str | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        file = Path(path).expanduser()
+        if not file.is_file():
+            what = "is a directory" if file.is_dir() else "does not exist"
+            near = nearest(file.name, [p.name for p in file.parent.iterdir()]) if file.parent.is_dir() else ""
+            raise ScoreSDEError(f"data.path={path}: the file {what}{near}")
+        u, names = read(file, columns, key)
+        u, dropped = handle_missing(u, names, missing, path)
+        if len(u) < MIN_ROWS:
+            raise Unreadable(f"data.path={path}: {len(u)} row(s) of data, expected at least {MIN_ROWS}")
+        self.shape = tuple(u.shape[1:])
+        if names is not None:
+            self.columns = names
+        else:
+            self.kind = "points"
+        rows = split_rows(len(u), seed)
+        resolution = None
+        if dequantise:
+            resolution = torch.tensor([smallest_step(column) for column in u.flatten(1).T.numpy()])
+            noise = uniform((len(u), len(resolution)), generator(seed, "dequantise"), torch.float64) - 0.5
+            u = u + (noise * resolution).reshape(u.shape)
+        self.units = fit_units(u[rows["train"]], scaling, names, resolution)
+        x = self.units.to_model(u).float()
+        self.splits = {name: x[index] for name, index in rows.items()}
+        self.facts = {
+            "path": str(file.resolve()), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "rows": len(u),
+            "rows_dropped": dropped, "scaling": scaling, "dequantised": dequantise,
+        }  # fmt: skip
+
+
+def read(file: Path, columns: list[str] | None, key: str | None) -> tuple[torch.Tensor, list[str] | None]:
+    """The file as a float64 tensor (n, *D), and its column names if it is a table."""
+    suffix = file.suffix.lower()
+    if file.stat().st_size == 0:
+        raise Unreadable(f"data.path={file}: the file is empty")
+    try:
+        if suffix in (".npy", ".npz"):
+            return read_array(file, columns, key)
+        if suffix in (".csv", ".tsv", ".txt", ".parquet", ".pq"):
+            return read_frame(file, columns)
+    except ScoreSDEError:
+        raise
+    except Exception as problem:
+        raise Unreadable(f"data.path={file}: not readable as {suffix[1:]} ({one_line(problem)[:200]})") from problem
+    raise ScoreSDEError(f"data.path={file}: expected a .csv, .tsv, .txt, .parquet, .npy or .npz file, got {suffix!r}")
+
+
+def read_array(file: Path, columns: list[str] | None, key: str | None) -> tuple[torch.Tensor, list[str] | None]:
+    loaded: Any = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.lib.npyio.NpzFile):
+        names = list(loaded.files)
+        if key is None and len(names) != 1:
+            raise ScoreSDEError(f"data.path={file}: it holds the arrays {names}; choose one with data.key=NAME")
+        if key is not None and key not in names:
+            raise ScoreSDEError(f"data.key={key}: {file} holds the arrays {names}{nearest(key, names)}")
+        loaded = loaded[key or names[0]]
+    if loaded.dtype.kind not in "fiub":
+        raise Unreadable(f"data.path={file}: an array of type {loaded.dtype}, expected numbers")
+    if loaded.ndim == 1:
+        loaded = loaded[:, None]
+    if loaded.ndim < 2 or loaded[:1].size == 0:
+        raise Unreadable(f"data.path={file}: an array of shape {loaded.shape}, expected (rows, ...)")
+    u = torch.from_numpy(loaded.astype(np.float64))
+    if u.ndim > 2:
+        if columns is not None:
+            raise ScoreSDEError(f"data.columns={columns}: {file} is an array of shape {tuple(u.shape)}, it has no columns")
+        return u, None
+    names = [f"x{i}" for i in range(u.shape[1])]
+    if columns is not None:
+        u = u[:, [position(name, names, file) for name in columns]]
+        names = list(columns)
+    return u, names
+
+
+def position(name: str, names: list[str], file: Path) -> int:
+    if name not in names:
+        raise ScoreSDEError(f"data.columns: no column {name!r} in {file}; it has {', '.join(names)}{nearest(name, names)}")
+    return names.index(name)
+
+
+def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, list[str]]:
+    import pandas as pd
+
+    if file.suffix.lower() in (".parquet", ".pq"):
+        frame = pd.read_parquet(file)
+    else:
+        with file.open(encoding="utf-8-sig") as lines:
+            head = lines.readline()
+        frame = pd.read_csv(file, sep=max(SEPARATORS, key=head.count), encoding="utf-8-sig", skipinitialspace=True)
+    names = [str(name).strip() for name in frame.columns]
+    frame.columns = pd.Index(names)
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise Unreadable(f"data.path={file}: the column names {doubled} stand more than once")
+    if columns is not None:
+        if not columns:
+            raise ScoreSDEError("data.columns=[]: expected at least one column")
+        for name in columns:
+            position(name, names, file)
+        frame = frame[list(columns)]
+    text = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
+    if text:
+        numeric = [name for name in frame.columns if name not in text]
+        bad = frame[text[0]].dropna()
+        example = f" (for instance {str(bad.iloc[0])[:40]!r})" if len(bad) else " (it is empty)"
+        hint = f"; keep the others with data.columns=[{','.join(numeric)}]" if numeric else ""
+        raise Unreadable(f"data.path={file}: column {text[0]!r} does not hold numbers{example}{hint}")
+    return torch.from_numpy(frame.to_numpy(dtype=np.float64, na_value=np.nan).copy()), list(frame.columns)
+
+
+def handle_missing(
+    u: torch.Tensor, names: list[str] | None, missing: str, path: str
+) -> tuple[torch.Tensor, int]:
+    """The rows without missing or infinite values, and how many were dropped."""
+    bad = ~torch.isfinite(u.flatten(1))
+    rows = bad.any(1)
+    count = int(rows.sum())
+    if count and missing == "refuse":
+        first, column = int(rows.nonzero()[0]), int(bad.any(0).nonzero()[0])
+        where = f"column {names[column]!r}" if names is not None else f"element {column}"
+        raise Unreadable(
+            f"data.path={path}: {count} row(s) with missing or infinite values (the first is row {first + 1} of the data; "
+            f"{where} has some); drop them with data.missing=drop"
+        )
+    return u[~rows], count
+
+
+def smallest_step(column: np.ndarray) -> float:
+    """The smallest gap between distinct values of a column: the grid it was rounded to."""
+    values = np.unique(column)
+    if len(values) < 2:
+        return 0.0
+    gaps = np.diff(values)
+    # Gaps of decimal numbers differ by rounding errors: those far below the typical one are not steps.
+    return float(gaps[gaps > 1e-9 * np.abs(values).max()].min())
+
+
+def fit_units(
+    train: torch.Tensor, scaling: str, names: list[str] | None, resolution: torch.Tensor | None
+) -> Units:
+    shape, flat = tuple(train.shape[1:]), train.flatten(1)
+    mean, std = flat.mean(0), flat.std(0, correction=0)
+    if scaling == "none":
+        plain = Units.identity(shape)
+        return Units(shape, plain.shift, plain.scale, resolution=resolution)
+    constant = (std <= 1e-12 * (1 + mean.abs())).nonzero().flatten().tolist()
+    if constant and (names is not None or scaling == "whiten"):
+        listed = ", ".join(repr(names[i]) if names else str(i) for i in constant[:5])
+        raise Unreadable(f"data.path: constant in the training rows: {listed}; leave it out with data.columns=[...]")
+    if scaling == "whiten":
+        centred = flat - mean
+        lam, basis = torch.linalg.eigh(centred.T @ centred / len(flat))
+        if lam[0] <= 1e-10 * lam[-1]:
+            raise Unreadable(
+                "data.scaling=whiten: the columns are linearly dependent (covariance of deficient rank); "
+                "leave one out with data.columns=[...], or take data.scaling=standardise"
+            )
+        return Units(shape, mean, None, basis * lam.sqrt(), resolution)
+    std = torch.where(std > 0, std, torch.ones_like(std))
+    return Units(shape, mean, std, resolution=resolution)

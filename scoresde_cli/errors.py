@@ -1,0 +1,45 @@
+"""What a user can do wrong, and what can go wrong without them: each an exception with an exit code.
+
+Exit codes: 0 done, 2 the user's mistake, 3 diverged, 4 data or checkpoint unreadable, 130 interrupted,
+143 asked to stop and checkpointed. The command line prints the message as one line on stderr; a traceback is a bug.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ScoreSDEError(Exception):
+    """A mistake of the user's: what was given, what was expected, the nearest right thing."""
+
+    exit_code = 2
+
+
+class Unreadable(ScoreSDEError):
+    """Data, a run directory or a checkpoint that cannot be read."""
+
+    exit_code = 4
+
+
+class Diverged(ScoreSDEError):
+    """The loss or the weights are no longer finite."""
+
+    exit_code = 3
+
+
+class Stopped(ScoreSDEError):
+    """Asked to stop (SIGINT or SIGTERM); the state is on disk."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(text: object) -> str:
+    """The first lines of a message folded into one, for messages that come from other libraries."""
+    return " ".join(str(text).split())

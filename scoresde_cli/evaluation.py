@@ -1,0 +1,112 @@
+"""What is measured of a trained model, each number with its protocol: used at the end of `train` and by `evaluate`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoresde_cli.compose import Parts
+from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.metrics.distances import compare
+from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
+from scoresde_cli.networks.model import ScoreModel
+from scoresde_cli.rng import generator
+from scoresde_cli.samplers.base import Sampler, Samples
+from scoresde_cli.training.loop import mean_loss
+
+Summary = dict[str, dict[str, Any]]
+
+
+def held_out(parts: Parts) -> Tensor:
+    """The test split on the run's device, in its precision."""
+    return parts.data.splits["test"].to(device=parts.device, dtype=parts.dtype)
+
+
+def losses(parts: Parts, model: ScoreModel, averaged: bool, step: int) -> Summary:
+    """The loss on held-out data, the baseline's, and their paired difference, with intervals."""
+    reference = parts.loss.reference(int(torch.Size(parts.data.shape).numel()))
+    x0 = held_out(parts)
+    x0 = x0.repeat(-(-4000 // len(x0)), *([1] * (x0.ndim - 1)))[:20_000]
+    seed = parts.settings.seed
+    values = mean_loss(reference, model, parts.sde, x0, seed, "test").cpu().numpy()
+    baseline = mean_loss(reference, model.gaussian_part(), parts.sde, x0, seed, "test").cpu().numpy()
+    protocol = {
+        "n": len(values), "split": "test", "averaged": averaged, "step": step, "loss": reference.convention(),
+        "trained_on": parts.loss.convention(), "seed": seed,
+    }  # fmt: skip
+
+    def entry(numbers: np.ndarray) -> dict[str, Any]:
+        ci = bootstrap_mean(numbers, seed)
+        return {"value": float(numbers.mean()), "ci": ci, "floor": None, "floor_high": None,
+                "unit": "loss", "protocol": protocol}  # fmt: skip
+
+    return {
+        "loss": entry(values), "loss_baseline": entry(baseline), "loss_gain": entry(baseline - values),
+    }  # fmt: skip
+
+
+def verdict(summary: Summary) -> str | None:
+    """One line where the model did not learn, or hardly, against the Gaussian with the data's moments; else None."""
+    gain, baseline = summary["loss_gain"], summary["loss_baseline"]["value"]
+    loss = summary["loss"]["value"]
+    if gain["ci"][0] <= 0:
+        return (
+            f"did not learn: held-out loss {loss:.4g} is not below the baseline's {baseline:.4g} (a Gaussian with the data's "
+            f"mean and covariance); gain {gain['value']:.3g}, 95% interval {gain['ci'][0]:.3g} to {gain['ci'][1]:.3g}"
+        )
+    if "score_error" in summary:
+        error, of = summary["score_error"]["value"], summary["score_error_baseline"]["value"]
+        if error > 0.5 * of:
+            return f"hardly learnt: score_error {error:.3g} against {of:.3g} of a Gaussian with the data's moments"
+    return None
+
+
+def evaluate(
+    parts: Parts, model: ScoreModel, sampler: Sampler, n: int, *, seed: int, averaged: bool, step: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Summary, Samples, Tensor]:  # fmt: skip
+    """(summary, n samples, held-out data) for a model; see metrics/ for what the numbers mean."""
+    model.eval()
+    summary = losses(parts, model, averaged, step)
+    truth = parts.data.oracle(parts.sde)
+    x_test = held_out(parts)
+    common = {"split": "test", "averaged": averaged, "step": step, "seed": seed}
+    if truth is not None:
+        t_min = parts.settings.t_min
+        for name, candidate in (("score_error", model), ("score_error_baseline", model.gaussian_part())):
+            summary[name] = score_error(candidate, truth, parts.sde, x_test[:20_000], t_min, seed)
+            summary[name]["protocol"] |= common
+    samples = sampler.sample(
+        model, parts.sde, parts.data.shape, n, seed, device=parts.device, dtype=parts.dtype, progress=progress
+    )
+    fresh = parts.data.fresh(n, generator(seed, "held-out"))
+    reference = (x_test if fresh is None else fresh).float().cpu()
+    m = min(n, len(reference))
+    everything = torch.cat(list(parts.data.splits.values()))
+
+    def pair(i: int) -> tuple[Tensor, Tensor]:
+        """Two fresh samples of m rows; disjoint parts of the data where the law cannot be sampled."""
+        source = generator(seed, "floor", i)
+        drawn = parts.data.fresh(2 * m, source)
+        if drawn is None:
+            if len(everything) < 2 * m:
+                raise ScoreSDEError(f"the floor needs {2 * m} rows of data, there are {len(everything)}")
+            drawn = everything[torch.randperm(len(everything), generator=source)[: 2 * m]]
+        return drawn[:m], drawn[m:]
+
+    drawn = samples.x[:m].float().cpu()
+    if torch.isfinite(drawn).all():
+        for name, entry in compare(drawn, reference[:m], pair, seed).items():
+            entry["protocol"] |= common | {
+                "sampler": type(sampler).__name__, "nfe": samples.nfe, "t_min": sampler.t_min, "denoised": sampler.denoise,
+                "reference": "test split" if fresh is None else "fresh draws",
+            }  # fmt: skip
+            summary[name] = entry
+    return summary, samples, reference[:m]
+
+
+def plain(value: float, unit: str, **protocol: Any) -> dict[str, Any]:
+    """A number that is what it is: no interval, no floor."""
+    return {"value": value, "ci": None, "floor": None, "floor_high": None, "unit": unit, "protocol": protocol}

@@ -1,0 +1,48 @@
+"""What a model returns: fields of (x, t), and the conversions between them.
+
+With x_t = alpha x_0 + L eps, C = L L^T and the score s of p_t:
+
+    E[x_0 | x_t] = (x_t + C s) / alpha        (Robbins 1956, Tweedie's formula)
+    E[eps | x_t] = -L^T s
+    velocity     = f - 1/2 Sigma s - 1/2 div Sigma
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Set
+
+from torch import Tensor
+
+from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.operators import expand
+
+
+class FieldModel(ABC):
+    """A score, and every field that follows from it for the process `sde`."""
+
+    sde: SDE
+    provides: Set[str] = frozenset({"score", "eps", "x0", "velocity"})
+
+    @abstractmethod
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """The score of p_t at x, shape (B, *D), for x (B, *D) and t (B,)."""
+
+    def fields(self, x: Tensor, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
+        """The named fields, each (B, *D), from one evaluation of the score. Raises ScoreSDEError for an unknown name."""
+        missing = names - self.provides
+        if missing:
+            raise ScoreSDEError(f"the model provides {sorted(self.provides)}, asked for {sorted(missing)}")
+        s = self.score(x, t)
+        known: dict[str, Callable[[], Tensor]] = {
+            "score": lambda: s,
+            "velocity": lambda: self.sde.velocity(x, t, s),
+            "eps": lambda: -self._kernel().factor(t).mul_t(s),
+            "x0": lambda: (x + self._kernel().factor(t).cov(s)) / expand(self._kernel().alpha(t), x),
+        }
+        return {name: known[name]() for name in names}
+
+    def _kernel(self):  # type: ignore[no-untyped-def]
+        kernel = self.sde.kernel()
+        if kernel is None:
+            raise ScoreSDEError("eps and x0 need a process with a closed-form kernel; this one has none")
+        return kernel

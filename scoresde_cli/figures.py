@@ -1,0 +1,181 @@
+"""The figures of a run, drawn from its own numbers. Each function writes one PNG and returns its path."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoresde_cli import likelihood
+from scoresde_cli.datasets.base import Dataset
+from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.networks.model import ScoreModel
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+STYLE = {
+    "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+MODEL, DATA = "#c2410c", "#1d4ed8"
+
+
+def finish(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def loss_curve(rows: list[dict[str, Any]], baseline: float | None, title: str, path: Path) -> Path:
+    """Training loss by step, its running median, and the baseline (a Gaussian with the data's moments)."""
+    steps = np.array([row["step"] for row in rows])
+    loss = np.array([row["loss"] for row in rows], dtype=float)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 3.4))
+        axes.plot(steps, loss, color=MODEL, alpha=0.35, lw=1, label="training, mean of each window")
+        width = max(3, len(loss) // 12)
+        smooth = [np.median(loss[max(0, i - width) : i + 1]) for i in range(len(loss))]
+        axes.plot(steps, smooth, color=MODEL, lw=1.8, label="running median")
+        if baseline is not None:
+            axes.axhline(baseline, color="0.3", ls="--", lw=1.2, label="baseline: Gaussian with the data's moments")
+        finite = loss[np.isfinite(loss)]
+        if len(finite) > 4:
+            shown = np.append(finite, baseline if baseline is not None else finite[-1])
+            low, high = np.quantile(shown, [0.0, 0.97])
+            high = max(high, baseline if baseline is not None else high)
+            margin = 0.08 * (high - low + 1e-9)
+            axes.set_ylim(low - margin, high + margin)
+        axes.set(xlabel="step", ylabel="loss")
+        axes.set_title(title, fontsize=8)
+        axes.legend(fontsize=8)
+        return finish(figure, path)
+
+
+def samples(data: Dataset, drawn: Tensor, reference: Tensor, title: str, path: Path) -> Path:
+    """Samples beside data, in the user's units: points, images, or the marginals of each column."""
+    a = data.units.to_user(drawn).numpy()
+    b = data.units.to_user(reference, rounded=True).numpy()
+    if data.kind == "image":
+        return image_grids(a, b, title, path)
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    names = data.columns or [f"x{i + 1}" for i in range(a.shape[1])]
+    return plane(a, b, names, title, path) if a.shape[1] == 2 else marginals(a, b, names, title, path)
+
+
+def plane(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: Path) -> Path:
+    low, high = np.quantile(b, 0.001, axis=0), np.quantile(b, 0.999, axis=0)
+    pad = 0.15 * (high - low)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharex=True, sharey=True)
+        for panel, points, name, colour in ((axes[0], b, "data", DATA), (axes[1], a, "samples", MODEL)):
+            panel.scatter(*points[:10_000].T, s=1.2, alpha=0.35, color=colour, lw=0, rasterized=True)
+            outside = np.mean(np.any((points < low - pad) | (points > high + pad), axis=1))
+            note = f" ({outside:.1%} outside the frame)" if outside > 5e-4 else ""
+            panel.set_title(f"{name}{note}", fontsize=9)
+            panel.set_xlabel(names[0])
+        axes[0].set_ylabel(names[1])
+        axes[0].set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
+        figure.suptitle(title, fontsize=8)
+        return finish(figure, path)
+
+
+def marginals(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: Path, most: int = 24) -> Path:
+    shown = min(len(names), most)
+    across = min(4, shown)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(-(-shown // across), across, figsize=(2.4 * across, 1.9 * -(-shown // across)), squeeze=False)
+        for i, panel in enumerate(axes.flat):
+            if i >= shown:
+                panel.axis("off")
+                continue
+            low, high = np.quantile(b[:, i], [0.001, 0.999])
+            pad = 0.1 * (high - low) + 1e-12
+            bins = np.linspace(low - pad, high + pad, 40).tolist()
+            panel.hist(b[:, i], bins=bins, density=True, color=DATA, alpha=0.45, label="data")
+            panel.hist(a[:, i], bins=bins, density=True, color=MODEL, histtype="step", lw=1.4, label="samples")
+            panel.set_title(names[i], fontsize=8)
+            panel.set_yticks([])
+        axes.flat[0].legend(fontsize=7)
+        more = f"; {len(names) - shown} more columns not shown" if shown < len(names) else ""
+        figure.suptitle(title + more, fontsize=8)
+        return finish(figure, path)
+
+
+def tiles(images: np.ndarray, side: int, low: float, high: float) -> np.ndarray:
+    """Images (n, C, H, W) as one picture of side x side tiles, (side H, side W, C) in [0, 1]."""
+    count, (channels, height, width) = side * side, images.shape[1:]
+    filled = np.full((count, channels, height, width), low)
+    filled[: min(count, len(images))] = images[:count]
+    rows = filled.reshape(side, side, channels, height, width).transpose(0, 3, 1, 4, 2)
+    return np.clip((rows.reshape(side * height, side * width, channels) - low) / (high - low), 0, 1)
+
+
+def picture(data: Dataset, u: np.ndarray, path: Path) -> Path:
+    """Samples alone, in the user's units: a grid of up to 16 x 16 images, or points in the plane."""
+    if data.kind == "image":
+        # The grey scale that the model's [-1, 1] stands for.
+        ends = data.units.to_user(torch.tensor([-1.0, 1.0]).reshape(2, *[1] * len(data.shape)).expand(2, *data.shape))
+        side = min(16, int(np.ceil(np.sqrt(len(u)))))
+        grid = np.kron(tiles(u, side, float(ends[0].min()), float(ends[1].max())), np.ones((4, 4, 1)))
+        plt.imsave(path, grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+        return path
+    points = u.reshape(len(u), -1)
+    if points.shape[1] != 2:
+        raise ScoreSDEError(f"out={path.name}: a picture needs images or data in the plane; take .csv, .parquet or .npz")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4, 4))
+        axes.scatter(*points.T, s=1.2, alpha=0.4, color=MODEL, lw=0)
+        axes.set_aspect("equal")
+        return finish(figure, path)
+
+
+def image_grids(a: np.ndarray, b: np.ndarray, title: str, path: Path, side: int = 8) -> Path:
+    """Two grids of images (n, C, H, W), data and samples, on the data's grey scale."""
+    low, high = float(b.min()), float(b.max())
+
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(1, 2, figsize=(7.4, 4))
+        for panel, images, name in ((axes[0], b, "data"), (axes[1], a, "samples")):
+            grid = tiles(images, side, low, high)
+            panel.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+            panel.set_title(name, fontsize=9)
+            panel.axis("off")
+        figure.suptitle(title, fontsize=8)
+        return finish(figure, path)
+
+
+@torch.no_grad()
+def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path, side: int = 72) -> Path:
+    """For data in the plane: the learnt log-density (probability-flow ODE) and the score field at t = 0.05, in model coordinates."""
+    x = data.splits["test"][:5000].double()
+    low, high = x.quantile(0.001, dim=0), x.quantile(0.999, dim=0)
+    pad = 0.2 * (high - low)
+    low, high = (low - pad).tolist(), (high + pad).tolist()
+    like = model.mean
+
+    def mesh(k: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        u, v = np.meshgrid(np.linspace(low[0], high[0], k), np.linspace(low[1], high[1], k))
+        return u, v, torch.from_numpy(np.stack([u.ravel(), v.ravel()], axis=1)).to(like)
+
+    u, v, points = mesh(side)
+    log = likelihood.log_prob(model, model.sde, points, t_min, 40).cpu().numpy().reshape(side, side)
+    top = float(np.nanmax(log))
+    a, b, coarse = mesh(22)
+    t_field = 0.05 * model.sde.T
+    score = model.score(coarse, torch.full((len(coarse),), t_field).to(like)).cpu().double().numpy()
+    length = np.linalg.norm(score, axis=1, keepdims=True)
+    arrows = score / np.maximum(length, 1e-9) * np.minimum(length / np.quantile(length, 0.6), 1.0)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.6), sharex=True, sharey=True)
+        shown = axes[0].contourf(u, v, np.maximum(log, top - 9), levels=np.linspace(top - 9, top, 19), cmap="magma")
+        figure.colorbar(shown, ax=axes[0], label="log p, nats (9 below the top and less in black)")
+        axes[0].set_title(f"learnt log-density, t = {t_min:g}", fontsize=9)
+        axes[1].scatter(*x[:3000].T.numpy(), s=1, alpha=0.25, color=DATA, lw=0)
+        axes[1].quiver(a, b, arrows[:, 0], arrows[:, 1], color=MODEL, scale=26, width=0.004)
+        axes[1].set_title(f"learnt score, t = {t_field:g} (long arrows cut)", fontsize=9)
+        figure.suptitle(title, fontsize=8)
+        return finish(figure, path)

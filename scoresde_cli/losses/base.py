@@ -1,0 +1,88 @@
+"""What the losses share: times, weighting, convention. A loss is its `value`.
+
+A loss maps (model, sde, x0, generator) to one number a sample, (B,). All of them are written in the convention
+|S|^2 + 2 tr J (and |S - target|^2 for DSM); `half=True` gives half of it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Set
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.rng import uniform
+from scoresde_cli.sdes.base import SDE, Noised
+
+Weighting = Literal["sigma2", "g2", "one"]
+Times = Literal["mixed", "uniform", "log_uniform"]
+MinTime = Annotated[float, Field(gt=0, lt=1)]
+
+
+def draw_times(law: Times, n: int, t_min: float, T: float, generator: torch.Generator) -> Tensor:
+    """n stratified times on [t_min, T], shape (n,): uniform, log-uniform, or the first half one, the rest the other."""
+
+    def strata(m: int) -> Tensor:
+        return (torch.arange(m, device=generator.device) + uniform((m,), generator)) / max(m, 1)
+
+    n_uniform = {"uniform": n, "log_uniform": 0, "mixed": n - n // 2}[law]
+    even = t_min + (T - t_min) * strata(n_uniform)
+    logs = torch.exp(math.log(t_min) + math.log(T / t_min) * strata(n - n_uniform))
+    return torch.cat([even, logs]).clamp(t_min, T)
+
+
+class Loss(ABC):
+    """loss(model, sde, x0 (B, *D), generator) -> (B,).
+
+    Args:
+        weighting: lambda(t): sigma2 (the kernel's variance), g2 (the mean diagonal of Sigma), or one.
+        half: report and train on half of it (the convention 1/2 |S|^2 + tr J).
+        times: how t is drawn on [t_min, T].
+        t_min: smallest time.
+    """
+
+    name: str
+    formula: str
+    trains: Set[str] = frozenset({"score"})
+    needs_kernel = False
+    second_order = True
+
+    def __init__(
+        self, weighting: Weighting = "sigma2", half: bool = False, times: Times = "mixed", t_min: MinTime = 1e-3
+    ) -> None:
+        self.weighting, self.half, self.times, self.t_min = weighting, half, times, t_min
+
+    @abstractmethod
+    def value(
+        self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The unweighted loss of each sample, (B,), in the convention |S|^2 + 2 tr J."""
+
+    def reference(self, d: int) -> "Loss":
+        """The loss of equal expectation with the least variance that is affordable: what is reported at the end."""
+        return self
+
+    def weight(self, sde: SDE, t: Tensor, d: int) -> Tensor:
+        """lambda(t), shape (B,)."""
+        if self.weighting == "sigma2":
+            kernel = sde.kernel()
+            assert kernel is not None
+            return kernel.sigma(t).square()
+        if self.weighting == "g2":
+            return sde.diffusion(t).trace_cov(d) / d
+        return torch.ones_like(t)
+
+    def __call__(self, model: FieldModel, sde: SDE, x0: Tensor, generator: torch.Generator) -> Tensor:
+        t = draw_times(self.times, len(x0), self.t_min, sde.T, generator).to(x0.dtype)
+        noised = sde.perturb(x0, t, generator)
+        value = self.value(model, sde, x0, noised, t, generator)
+        return (0.5 if self.half else 1.0) * self.weight(sde, t, x0[0].numel()) * value
+
+    def convention(self) -> str:
+        """The loss in words, with its scale."""
+        scale = "1/2 " if self.half else ""
+        weighting = {"sigma2": "sigma(t)^2", "g2": "g(t)^2", "one": "1"}[self.weighting]
+        return f"{self.name}: {scale}E[ {self.formula} ], weighted by {weighting}"

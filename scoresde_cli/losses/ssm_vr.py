@@ -1,0 +1,35 @@
+"""Sliced score matching with variance reduction (Song, Garg, Shi and Ermon, UAI 2019, eq. 8, times two)."""
+
+import torch
+from torch import Tensor
+
+from scoresde_cli import divergence
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.losses.ssm import SSM
+from scoresde_cli.sdes.base import SDE, Noised
+
+
+class SSMVR(SSM):
+    """|S|^2 + 2 mean_k v_k^T J v_k: the square exact, the trace projected.
+
+    With n_proj >= d the exact trace costs no more than the projections, and is taken. The part of J that is known
+    (the linear part of the model) enters by its exact trace: this changes the value's noise, not the gradient.
+    Arguments as for SSM.
+    """
+
+    name = "ssm_vr"
+    formula = "|S|^2 + 2 v^T J v"
+
+    def value(
+        self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        x = noised.x_t
+        if self.n_proj >= x[0].numel():
+            score, trace = divergence.score_and_trace(model, x, t)  # type: ignore[arg-type]
+        else:
+            v = self.directions(x, generator)
+            score, projected = divergence.score_and_projections(model, x, t, v)  # type: ignore[arg-type]
+            if hasattr(model, "linear_excess"):
+                projected = projected + model.linear_excess(x, t, v)
+            trace = projected.mean(0)
+        return score.square().flatten(1).sum(1) + 2.0 * trace

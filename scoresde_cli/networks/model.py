@@ -1,0 +1,125 @@
+"""The score model: one network, its parameterisation, and the data's Gaussian part."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scoresde_cli import divergence
+from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.networks.parameterisation import Parameterisation, Residual
+from scoresde_cli.sdes.base import SDE
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The data's mean m (d,), variances lam (d,) in the basis (d, d) of principal directions (None: the axes)."""
+
+    mean: Tensor
+    lam: Tensor
+    basis: Tensor | None
+
+
+def fit_gaussian(x: Tensor, covariance: str) -> Gaussian:
+    """Moments of the data x (n, *D), in float64; covariance as in `Residual`."""
+    flat = x.flatten(1).double()
+    n, d = flat.shape
+    mean = flat.mean(0)
+    centred = flat - mean
+    if covariance == "full" or (covariance == "auto" and d >= 16 and n > 10 * d):
+        lam, basis = torch.linalg.eigh(centred.T @ centred / n)
+        # Rounding can leave a constant direction with a tiny negative variance.
+        return Gaussian(mean, lam.clamp_min(0.0), basis)
+    lam = centred.square().mean().expand(d).clone()
+    return Gaussian(mean, lam, None)
+
+
+class Zero(nn.Module):
+    """The network that returns zero: with the residual parameterisation, the Gaussian model of the data."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x), torch.zeros_like(v)
+
+
+class ScoreModel(nn.Module, FieldModel):
+    """score(x, t) of p_t from a network (x, c) -> (B, *D); see parameterisation.py for the equation.
+
+    Args:
+        network: any module that does not mix the samples of a batch.
+        sde: a process with a kernel (alpha and sigma are the noise levels).
+        parameterisation: the coefficients.
+        gaussian: moments of the training data.
+    """
+
+    mean: Tensor
+    lam: Tensor
+    basis: Tensor | None
+
+    def __init__(
+        self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian
+    ) -> None:
+        super().__init__()
+        kernel = sde.kernel()
+        if kernel is None:
+            raise ScoreSDEError(f"sde {type(sde).__name__} has no closed-form kernel, which the noise levels come from")
+        self.network, self.sde, self.kernel = network, sde, kernel
+        self.parameterisation, self.gaussian = parameterisation, gaussian
+        # In float64 here; `.to(dtype)` on the whole model brings them to the network's precision.
+        self.register_buffer("mean", gaussian.mean)
+        self.register_buffer("lam", gaussian.lam)
+        self.register_buffer("basis", gaussian.basis if parameterisation.centred else None)
+
+    def gaussian_part(self) -> "ScoreModel":
+        """The exact score of Gaussian data with these moments: the baseline that training has to beat."""
+        model = ScoreModel(Zero(), self.sde, Residual(), self.gaussian)
+        return model.to(self.mean)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        return x if self.basis is None else x @ self.basis
+
+    def _turn_back(self, y: Tensor) -> Tensor:
+        return y if self.basis is None else y @ self.basis.T
+
+    def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d)."""
+        alpha, sigma = self.kernel.alpha(t), self.kernel.sigma(t)
+        y = x.flatten(1)
+        if self.parameterisation.centred:
+            y = self._turn(y - alpha.unsqueeze(1) * self.mean)
+        skip, out, inp = self.parameterisation.coefficients(alpha.unsqueeze(1), sigma.unsqueeze(1), self.lam)
+        return y, 0.5 * torch.log(sigma / alpha), skip, out, inp
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y, c, skip, out, inp = self._prepare(x, t)
+        net = self.network((inp * y).reshape(x.shape), c).flatten(1)
+        return self._turn_back(skip * y + out * net).reshape(x.shape)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        return self(x, t)
+
+    def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(score (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
+        y, c, skip, out, inp = self._prepare(x, t)
+        w = self._turn(v.flatten(2))
+        net, jvp = divergence.dual(self.network, (inp * y).reshape(x.shape), c, (inp * w).reshape(v.shape))
+        score = self._turn_back(skip * y + out * net.flatten(1))
+        return score.reshape(x.shape), self._turn_back(skip * w + out * jvp.flatten(2)).reshape(v.shape)
+
+    def forward_trace(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(score (B, *D), tr J (B,)), exact; the trace is taken in the network's own coordinates."""
+        y, c, skip, out, inp = self._prepare(x, t)
+        net, trace = divergence.weighted_trace(self.network, (inp * y).reshape(x.shape), c, out * inp)
+        score = self._turn_back(skip * y + out * net.flatten(1))
+        return score.reshape(x.shape), skip.sum(1) + trace
+
+    def linear_excess(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """tr J_lin - v^T J_lin v (K, B) for the part of the score that is linear in x: known, of mean zero."""
+        skip = self._prepare(x, t)[2]
+        w = self._turn(v.flatten(2))
+        return skip.sum(1) - (skip * w.square()).sum(2)
+
+

@@ -1,0 +1,76 @@
+"""How a network becomes a score: s = skip * y + out * net(inp * y, c), coordinate by coordinate.
+
+y is x_t, centred on alpha m and turned into the principal coordinates of the data where `centred` is set; lam are the
+data's variances in these coordinates; c = 1/2 log(sigma / alpha) is the noise level that the network sees.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Coefficients = tuple[Tensor, Tensor, Tensor]
+
+
+class Parameterisation(ABC):
+    """The coefficients (skip, out, inp), each (B, d), from alpha (B, 1), sigma (B, 1) and lam (d,)."""
+
+    centred = False
+    covariance: Literal["auto", "isotropic", "full"] = "isotropic"
+    warning = ""
+
+    @abstractmethod
+    def coefficients(self, alpha: Tensor, sigma: Tensor, lam: Tensor) -> Coefficients:
+        """(skip, out, inp)."""
+
+
+class Residual(Parameterisation):
+    """The exact score of Gaussian data plus a correction of unit scale; a zero network is the Gaussian.
+
+    skip = -1/var, out = alpha sqrt(lam) / (sigma sqrt(var)), inp = 1/sqrt(var), with var = alpha^2 lam + sigma^2 (the
+    preconditioning of Karras et al., NeurIPS 2022, table 1, written for the score and by principal coordinate).
+
+    Args:
+        covariance: isotropic, full (in principal coordinates), or auto: full for d >= 16 and more than 10 d samples.
+    """
+
+    centred = True
+
+    def __init__(self, covariance: Literal["auto", "isotropic", "full"] = "auto") -> None:
+        self.covariance = covariance
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor, lam: Tensor) -> Coefficients:
+        var = alpha.square() * lam + sigma.square()
+        root = var.sqrt()
+        return -1.0 / var, alpha * lam.sqrt() / (sigma * root), 1.0 / root
+
+
+class Eps(Parameterisation):
+    """s = -net / sigma (Ho et al., NeurIPS 2020)."""
+
+    warning = "parameterisation eps: with ISM or SSM the network must learn the Gaussian part of the score from noise"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor, lam: Tensor) -> Coefficients:
+        zero = torch.zeros_like(sigma * lam)
+        return zero, zero - 1.0 / sigma, zero + 1.0
+
+
+class Raw(Parameterisation):
+    """s = net (Song and Ermon, NeurIPS 2019, without its 1/sigma)."""
+
+    warning = "parameterisation raw: with ISM or SSM the network must learn the scale of the score from noise"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor, lam: Tensor) -> Coefficients:
+        zero = torch.zeros_like(sigma * lam)
+        return zero, zero + 1.0, zero + 1.0
+
+
+class X0(Parameterisation):
+    """s = (alpha net - x) / sigma^2: the network predicts the data (Tweedie's formula turned round)."""
+
+    warning = "parameterisation x0: with ISM or SSM small errors of the network are divided by sigma^2"
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor, lam: Tensor) -> Coefficients:
+        zero = torch.zeros_like(sigma * lam)
+        return zero - sigma.square().reciprocal(), zero + alpha / sigma.square(), zero + 1.0

@@ -1,0 +1,56 @@
+"""A residual multilayer perceptron, and its explicit dual pass (He et al., CVPR 2016, in pre-activation form)."""
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from scoresde_cli.networks import dual
+from scoresde_cli.networks.embedding import NoiseEmbedding
+
+
+class ResMLP(nn.Module):
+    """(x, c) -> (B, *D): h <- h + W2 act(W1 act(h) + E embedding(c)), `depth` times.
+
+    W2 of each block and the last layer start at zero, so the network starts as zero and each block as the identity.
+
+    Args:
+        shape: D, any data shape; it is flattened inside.
+        width: units of the residual stream and of each block.
+        depth: number of blocks, two layers each.
+        activation: smooth ones for implicit and sliced losses (dual.PIECEWISE_LINEAR are refused there).
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3,
+        activation: dual.Activation = "silu",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        d = int(torch.Size(shape).numel())
+        self.activation = activation
+        self.embedding = NoiseEmbedding()
+        self.first = nn.Linear(d, width)
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.level = nn.ModuleList(nn.Linear(self.embedding.features, width, bias=False) for _ in range(depth))
+        self.outer = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.last = nn.Linear(width, d)
+        for layer in (*self.outer, self.last):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h, features = self.first(x.flatten(1)), self.embedding(c)
+        for inner, level, outer in zip(self.inner, self.level, self.outer, strict=True):
+            u = inner(dual.value(self.activation, h)) + level(features)
+            h = h + outer(dual.value(self.activation, u))
+        return self.last(dual.value(self.activation, h)).reshape(x.shape)
+
+    def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
+        features = self.embedding(c)
+        h = dual.linear(self.first, torch.cat([x.flatten(1).unsqueeze(0), v.flatten(2)]))
+        for inner, level, outer in zip(self.inner, self.level, self.outer, strict=True):
+            u = dual.linear(inner, dual.activation(self.activation, h))
+            u = torch.cat([u[:1] + level(features), u[1:]])
+            h = h + dual.linear(outer, dual.activation(self.activation, u))
+        out = dual.linear(self.last, dual.activation(self.activation, h))
+        return out[0].reshape(x.shape), out[1:].reshape(v.shape)

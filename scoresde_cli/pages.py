@@ -1,0 +1,94 @@
+"""The help pages, drawn from conf/ and the command table: plain text, nothing heavy imported."""
+
+import textwrap
+
+from scoresde_cli import __version__, configs
+from scoresde_cli.cli import COMMANDS
+
+EXAMPLES = {
+    "train": [
+        ("scoresde train loss=ssm n_proj=4", "sliced score matching with 4 directions on the eight Gaussians"),
+        ("scoresde train data=table data.path=wine.csv", "your own table, results in its units and column names"),
+        ("scoresde train data=gmm data.d=16 projection=orthogonal steps=5000", "a 16-dimensional mixture, orthogonal frames"),
+        ("scoresde train -m n_proj=1,2,4,8 seed=0,1,2", "a sweep of twelve runs"),
+    ],
+    "sample": [
+        ("scoresde sample run=DIR n=10000", "10,000 samples into the run directory"),
+        ("scoresde sample run=DIR n=500 out=new.csv", "as a table with the data's column names"),
+        ("scoresde sample run=DIR sampler=euler_maruyama sampler.steps=500", "by another sampler"),
+        ("scoresde sample run=DIR seed=1", "other samples; the same seed gives the same ones"),
+    ],
+    "evaluate": [
+        ("scoresde evaluate run=DIR", "all numbers again, with the run's own sampler"),
+        ("scoresde evaluate run=DIR n=20000 seed=1", "more samples, other draws"),
+        ("scoresde evaluate run=DIR sampler=heun_ode sampler.steps=10", "with fewer steps of the sampler"),
+        ("scoresde evaluate run=DIR average=false", "of the last weights instead of the averaged ones"),
+    ],
+    "verify": [
+        ("scoresde verify", "all six laws at d = 8"),
+        ("scoresde verify d=16 projection=orthogonal n_proj=4", "one law"),
+        ("scoresde verify network=resmlp network.activation=tanh", "another network"),
+        ("scoresde verify projection=rademacher projection._target_=mylaws.Law", "your own law, from ./mylaws.py"),
+    ],
+    "rerun": [
+        ("scoresde rerun DIR", "train again, compare every number"),
+        ("scoresde rerun DIR dir=again", "into a directory of your choice"),
+        ("scoresde rerun DIR trust=true", "where the run's own config names your own classes"),
+        ("scoresde rerun DIR tracker.mode=disabled", "without W&B"),
+    ],
+    "list": [
+        ("scoresde list", "all groups and their options"),
+        ("scoresde list loss", "the losses, with their keys"),
+        ("scoresde list data", "the data sets, with their keys"),
+        ("scoresde list runs", "the runs below this folder, with their status"),
+    ],
+    "doctor": [("scoresde doctor", "versions, devices, disk, credentials; every config composed")],
+}  # fmt: skip
+
+COMPLETION = 'eval "$(scoresde -sc install=bash)"'
+
+
+def overview(name: str | None = None) -> str:
+    """`scoresde --help`."""
+    if name is not None:
+        return command(name)
+    rows = "\n".join(f"  {n:<10} {summary}" for n, (summary, _) in COMMANDS.items())
+    return f"""scoresde {__version__}: score-based generative models from the command line
+
+usage: scoresde COMMAND [key=value ...]
+
+{rows}
+
+  scoresde COMMAND --help    what a command takes, with examples
+
+start here:
+  scoresde train loss=ssm n_proj=4
+
+tab completion in bash: {COMPLETION}"""
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def command(name: str) -> str:
+    """`scoresde NAME --help`: what it does, its keys, its groups, examples."""
+    summary, hydra = COMMANDS[name]
+    parts = [f"scoresde {name}: {summary}"]
+    if hydra:
+        parts.append(f"usage: scoresde {name} [key=value ...] [group=option ...]" + (" [-m for a sweep]" if name == "train" else ""))
+        keys = configs.keys(name)
+        width = max(len(f"{key}={shown(value)}") for key, value, _ in keys) + 2
+        parts.append("keys:\n" + "\n".join(f"  {f'{key}={shown(value)}':<{width}} {what}" for key, value, what in keys))
+        lines = []
+        for group, default in configs.groups(name).items():
+            options = [f"{o}*" if o == default else o for o in configs.options(group)]
+            lines.append(textwrap.fill(", ".join(options), 100, initial_indent=f"  {group:<17}", subsequent_indent=" " * 19))
+        if lines:
+            parts.append("groups (* is the default; `scoresde list GROUP` shows the keys of each option):\n" + "\n".join(lines))
+        parts.append("Hydra's own flags work: --cfg job prints the config, --config-dir DIR adds your own options, --info all.")
+    width = max(len(line) for line, _ in EXAMPLES[name]) + 2
+    parts.append("examples:\n" + "\n".join(f"  {line:<{width}} {what}" for line, what in EXAMPLES[name]))
+    return "\n\n".join(parts)

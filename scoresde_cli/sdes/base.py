@@ -1,0 +1,197 @@
+"""The contract of every forward process  dx = f(x, t) dt + G(t, x) dW (+ jumps),  t from 0 (data) to T (noise).
+
+A process states its coefficients; the model returns fields of x and t (the score and its kin); samplers and losses
+state which fields they need. Nobody asks a process for its class. With Sigma = G G^T:
+
+    reverse SDE                 dx = [f - Sigma score - div Sigma] dt + G dW,  t running backwards
+    probability flow (an ODE)   dx = [f - 1/2 Sigma score - 1/2 div Sigma + flux] dt
+
+Sources: Anderson, "Reverse-time diffusion equation models", Stoch. Proc. Appl. 12, 1982; Song et al., "Score-Based
+Generative Modeling through Stochastic Differential Equations", ICLR 2021, eqs. 6 and 13.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from scoresde_cli.rng import normal
+from scoresde_cli.sdes.operators import LinearOperator, Scalar, expand
+
+
+@dataclass(frozen=True)
+class Noised:
+    """x_t = mean + factor(eps), and what else a kernel wants to hand to its targets (`aux`)."""
+
+    x_t: Tensor
+    mean: Tensor | None = None
+    factor: LinearOperator | None = None
+    eps: Tensor | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Jumps:
+    """The Poisson part of a process: jumps at rate `rate(t)` (B,), with amplitudes `sample(n, shape, t, generator)`."""
+
+    rate: Callable[[Tensor], Tensor]
+    sample: Callable[[int, tuple[int, ...], Tensor, torch.Generator], Tensor]
+
+
+class Kernel(ABC):
+    """The law of x_t given x_0, where it is tractable."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """The factor of x_0 in the mean of x_t, shape (B,)."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """The noise scale: root of the mean variance per coordinate of x_t given x_0, shape (B,)."""
+
+    @abstractmethod
+    def factor(self, t: Tensor) -> LinearOperator:
+        """L with L L^T = Cov(x_t | x_0)."""
+
+    @abstractmethod
+    def sample(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
+        """A draw of x_t for each x0 (B, *D) and t (B,)."""
+
+    @abstractmethod
+    def targets(self, x0: Tensor, noised: Noised, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
+        """Regression targets (B, *D) whose conditional mean given x_t is the field of that name."""
+
+
+class GaussianKernel(Kernel):
+    """x_t = alpha(t) x_0 + sigma(t) eps, eps standard normal.
+
+    Args:
+        alpha: t (B,) -> (B,).
+        sigma: t (B,) -> (B,), positive for t > 0.
+    """
+
+    def __init__(self, alpha: Callable[[Tensor], Tensor], sigma: Callable[[Tensor], Tensor]) -> None:
+        self._alpha, self._sigma = alpha, sigma
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._sigma(t)
+
+    def factor(self, t: Tensor) -> LinearOperator:
+        return Scalar(self._sigma(t))
+
+    def sample(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
+        eps = normal(tuple(x0.shape), generator, x0.dtype)
+        mean, factor = expand(self.alpha(t), x0) * x0, self.factor(t)
+        return Noised(mean + factor.mul(eps), mean, factor, eps)
+
+    def targets(self, x0: Tensor, noised: Noised, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
+        assert noised.factor is not None and noised.eps is not None
+        known = {
+            "eps": lambda: noised.eps,
+            "score": lambda: -noised.factor.solve_t(noised.eps),
+            "x0": lambda: x0,
+        }
+        return {name: known[name]() for name in names}
+
+
+class SDE(ABC):
+    """A forward process on [0, T]; see the module's head for the equations."""
+
+    T: float = 1.0
+    jumps: Jumps | None = None
+
+    @abstractmethod
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        """f(x, t), shape (B, *D), for x (B, *D) and t (B,)."""
+
+    @abstractmethod
+    def diffusion(self, t: Tensor, x: Tensor | None = None) -> LinearOperator:
+        """G(t, x) as an operator on (B, *D)."""
+
+    @abstractmethod
+    def sample_prior(
+        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Draws from the law that generation starts from, shape (n, *D)."""
+
+    def kernel(self) -> Kernel | None:
+        """The law of x_t given x_0, or None where it is not tractable."""
+        return None
+
+    def div_sigma(self, x: Tensor, t: Tensor) -> Tensor:
+        """The divergence of Sigma by rows, shape (B, *D); zero unless G depends on x."""
+        return torch.zeros_like(x)
+
+    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
+        """Drift of the time reversal, f - Sigma score - div Sigma, shape (B, *D) (Anderson 1982)."""
+        return self.drift(x, t) - self.diffusion(t, x).cov(score) - self.div_sigma(x, t)
+
+    def velocity(self, x: Tensor, t: Tensor, score: Tensor, flux: Tensor | None = None) -> Tensor:
+        """Velocity of the probability flow, shape (B, *D) (Song et al. 2021, eq. 13; with jumps, plus the flux)."""
+        v = self.drift(x, t) - 0.5 * self.diffusion(t, x).cov(score) - 0.5 * self.div_sigma(x, t)
+        return v if flux is None else v + flux
+
+    def perturb(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
+        """Samples of x_t given x_0: by the kernel where there is one, else by simulation."""
+        kernel = self.kernel()
+        if kernel is not None:
+            return kernel.sample(x0, t, generator)
+        return Noised(self.simulate(x0, t, 100, generator))
+
+    def simulate(self, x0: Tensor, t: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+        """x_t (B, *D) from x0 by Euler-Maruyama with Poisson jumps: `steps` equal steps from 0 to each sample's t (B,)."""
+        x, dt = x0, t / steps
+        for i in range(steps):
+            now = dt * i
+            noise = self.diffusion(now, x).mul(normal(tuple(x.shape), generator, x.dtype))
+            step = expand(dt, x) * self.drift(x, now) + expand(dt.sqrt(), x) * noise
+            if self.jumps is not None:
+                counts = torch.poisson(self.jumps.rate(now) * dt, generator=generator).long()
+                for k in range(int(counts.max())):
+                    amplitude = self.jumps.sample(len(x), tuple(x.shape[1:]), now, generator)
+                    step = step + expand((counts > k).to(x.dtype), x) * amplitude
+            x = x + step
+        return x
+
+
+class LinearSDE(SDE):
+    """dx = -a(t) x dt + g(t) dW, so x_t = alpha(t) x_0 + sigma(t) eps with alpha = exp(-int a).
+
+    A subclass gives a, g, alpha and sigma in closed form; the rest follows.
+    """
+
+    @abstractmethod
+    def a(self, t: Tensor) -> Tensor:
+        """Rate of the drift, shape (B,)."""
+
+    @abstractmethod
+    def g(self, t: Tensor) -> Tensor:
+        """Scale of the noise, shape (B,)."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """exp(-int_0^t a), shape (B,)."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Standard deviation of x_t given x_0, shape (B,)."""
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        return expand(-self.a(t), x) * x
+
+    def diffusion(self, t: Tensor, x: Tensor | None = None) -> LinearOperator:
+        return Scalar(self.g(t))
+
+    def kernel(self) -> Kernel:
+        return GaussianKernel(self.alpha, self.sigma)
+
+    def sample_prior(
+        self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        t = torch.full(shape[:1], self.T, device=generator.device, dtype=dtype)
+        return self.kernel().factor(t).mul(normal(shape, generator, dtype))

@@ -1,0 +1,33 @@
+"""metrics.jsonl: one JSON object a logging step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scoresde_cli.tracking.base import Tracker
+
+
+class JsonLines(Tracker):
+    """Appends rows to a file. Rows after `step` are dropped first: a resumed run writes them again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [row for row in read_rows(path) if row["step"] <= step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+
+    def log(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file; a last line that a crash cut is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

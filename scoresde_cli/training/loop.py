@@ -1,0 +1,148 @@
+"""The training loop. Every step draws from a generator of (seed, step); the loss is read back on logging steps only."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from scoresde_cli.errors import Diverged
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.losses.base import Loss
+from scoresde_cli.networks.model import ScoreModel
+from scoresde_cli.rng import generator
+from scoresde_cli.sdes.base import SDE
+from scoresde_cli.training.optimizer import Adam
+from scoresde_cli.training.state import TrainState
+from scoresde_cli.training.stop import StopRequest
+
+VALIDATION_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop needs to know: parts and budgets."""
+
+    model: ScoreModel
+    sde: SDE
+    loss: Loss
+    optimizer: Adam
+    train: Tensor
+    valid: Tensor
+    seed: int
+    steps: int
+    max_seconds: float | None
+    batch_size: int
+    ema: float | None
+    log_every: int
+    save_every: int
+
+
+@dataclass
+class Watch:
+    """What the loop tells the world: a row on logging steps, the state when it is to be saved."""
+
+    log: Callable[[dict[str, Any]], None]
+    save: Callable[[TrainState], Any]
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+def start(plan: Plan) -> TrainState:
+    """The state before the first step."""
+    average = None if plan.ema is None else AveragedModel(plan.model)
+    zero = torch.zeros((), dtype=torch.float32, device=plan.train.device)
+    return TrainState(plan.model, average, plan.optimizer.build(plan.model.network.parameters()), zero)
+
+
+@torch.no_grad()
+def mean_loss(loss: Loss, model: FieldModel, sde: SDE, x0: Tensor, seed: int, purpose: str) -> Tensor:
+    """The loss of each row of x0 (B, *D), in parts of a size that fits memory; the draws depend on seed and purpose alone."""
+    parts = [
+        loss(model, sde, part, generator(seed, purpose, i, device=part.device)) for i, part in enumerate(x0.split(500))
+    ]
+    return torch.cat(parts).double()
+
+
+def validation_loss(plan: Plan, state: TrainState) -> float:
+    """The loss on held-out data with the evaluated weights, relative to the Gaussian part on the same draws."""
+    reference = plan.loss.reference(plan.valid[0].numel())
+    x0 = plan.valid[:VALIDATION_ROWS]
+    values = mean_loss(reference, state.evaluated(), plan.sde, x0, plan.seed, "valid")  # type: ignore[arg-type]
+    baseline = mean_loss(reference, plan.model.gaussian_part(), plan.sde, x0, plan.seed, "valid")
+    return float((values - baseline).mean())
+
+
+def train_step(plan: Plan, state: TrainState, progress: float) -> Tensor:
+    """One step in place; the mean loss of the batch, on the device."""
+    source = generator(plan.seed, "train", state.step, device=plan.train.device)
+    rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
+    loss = plan.loss(plan.model, plan.sde, plan.train[rows], source).mean()
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if plan.optimizer.clip is not None:
+        torch.nn.utils.clip_grad_norm_(plan.model.network.parameters(), plan.optimizer.clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = plan.optimizer.rate(state.step, progress)
+    state.optimizer.step()
+    if plan.ema is not None:
+        state.update_average(plan.ema)
+    state.step += 1
+    state.samples += plan.batch_size
+    return loss.detach()
+
+
+def finite(state: TrainState) -> bool:
+    """Whether every weight is a number."""
+    return bool(torch.stack([p.detach().isfinite().all() for p in state.model.parameters()]).all())
+
+
+def train(plan: Plan, state: TrainState, watch: Watch) -> None:
+    """From `state` to the end of the budget, in place.
+
+    Raises Diverged where the loss or a weight is not finite (nothing is saved then), Stopped after saving where a signal
+    asked for it.
+    """
+    session = time.perf_counter() - state.seconds
+
+    def progress() -> float:
+        by_time = 0.0 if plan.max_seconds is None else state.seconds / plan.max_seconds
+        return max(state.step / plan.steps, by_time)
+
+    def save(validate: bool) -> None:
+        if not finite(state):
+            raise Diverged(f"diverged: a weight is not finite at step {state.step}")
+        if validate:
+            value = validation_loss(plan, state)
+            if value < state.best:
+                state.best, state.best_step = value, state.step
+        watch.save(state)
+
+    watch.stop.deferred = True
+    try:
+        while progress() < 1.0:
+            state.loss_sum += train_step(plan, state, progress())
+            state.loss_count += 1
+            state.seconds = time.perf_counter() - session
+            paused = time.perf_counter()
+            if state.step % plan.log_every == 0 or progress() >= 1.0:
+                value = float(state.loss_sum) / state.loss_count
+                if not math.isfinite(value):
+                    raise Diverged(f"diverged: the loss is {value} at step {state.step}")
+                rate = plan.optimizer.rate(state.step, progress())
+                watch.log(
+                    {"step": state.step, "samples": state.samples, "seconds": state.seconds, "loss": value, "lr": rate}
+                )
+                state.loss_sum.zero_()
+                state.loss_count = 0
+            if watch.stop.signum is not None:
+                save(validate=state.step % plan.save_every == 0)
+                raise watch.stop.stopped(f"the state is saved at step {state.step}")
+            if state.step % plan.save_every == 0 or progress() >= 1.0:
+                save(validate=True)
+            session += time.perf_counter() - paused  # logging and saving are not training
+    finally:
+        watch.stop.deferred = False
