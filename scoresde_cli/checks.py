@@ -40,9 +40,9 @@ def check_call(target: Callable[..., Any], given: Mapping[str, Any], where: str,
         if value == "???":
             raise ScoreSDEError(f"{prefix}{name} is missing: set it with {prefix}{name}=...")
         try:
-            TypeAdapter(hints[name], config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)).validate_python(
-                value, strict=True
-            )
+            TypeAdapter(
+                hints[name], config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+            ).validate_python(value, strict=True)
         except ValidationError as problem:
             error = problem.errors()[0]
             expected = error["msg"].removeprefix("Input should be ")

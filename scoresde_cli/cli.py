@@ -88,6 +88,8 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     if sys.path[0] != "":
         sys.path.insert(0, "")  # a user's own classes in the current folder can be named by _target_
+    # Waiting OpenMP threads sleep instead of spinning: two runs on one machine then do not slow each other 20 times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = f"scoresde_cli.commands.{name}"
     if not COMMANDS[name][1]:
         return importlib.import_module(module).main(rest)
@@ -113,5 +115,3 @@ def quote(argument: str) -> str:
         return argument
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{escaped}'"
-
-

@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
             return 0
         if command not in COMMANDS or not COMMANDS[command][1]:
             return 0
-        os.environ["COMP_LINE"] = line.replace(f"{words[0]} {command}", words[0], 1) if f"{words[0]} {command}" in line else line
+        os.environ["COMP_LINE"] = (
+            line.replace(f"{words[0]} {command}", words[0], 1) if f"{words[0]} {command}" in line else line
+        )
     else:
         command = "train"
     import hydra

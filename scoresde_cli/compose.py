@@ -84,7 +84,9 @@ class Parts:
 def locate(target: object, where: str) -> Any:
     """The class that a `_target_` names. Raises ScoreSDEError where there is none."""
     if not isinstance(target, str) or "." not in target:
-        raise ScoreSDEError(f"{where}._target_={target}: expected the dotted path of a class, as in package.module.Class")
+        raise ScoreSDEError(
+            f"{where}._target_={target}: expected the dotted path of a class, as in package.module.Class"
+        )
     module, _, name = target.rpartition(".")
     try:
         loaded = importlib.import_module(module)
@@ -105,7 +107,9 @@ def locate(target: object, where: str) -> Any:
 def build(node: Mapping[str, Any], where: str, **runtime: Any) -> Any:
     """The object that a config node describes, nested nodes first; `runtime` holds what the program fills in."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ScoreSDEError(f"{where}={node}: expected one of the options of the group; `scoresde list {where}` shows them")
+        raise ScoreSDEError(
+            f"{where}={node}: expected one of the options of the group; `scoresde list {where}` shows them"
+        )
     cls = locate(node["_target_"], where)
     given: dict[str, Any] = {}
     for name, value in node.items():
@@ -165,7 +169,9 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
         )
     missing = sampler.needs - model.provides
     if missing:
-        raise ScoreSDEError(f"sampler {type(sampler).__name__} needs {sorted(missing)}; the model has {sorted(model.provides)}")
+        raise ScoreSDEError(
+            f"sampler {type(sampler).__name__} needs {sorted(missing)}; the model has {sorted(model.provides)}"
+        )
     if not loss.second_order:
         return
     activation = getattr(model.network, "activation", None)
@@ -197,7 +203,9 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
     elif loss.name == "ssm" and s.n_proj >= d:
         notes.append(f"n_proj={s.n_proj} >= d={d}: loss=ism would be exact for {d} directions; ssm draws as asked")
     if loss.name == "ssm" and d > 8:
-        warnings.append(f"loss=ssm at d={d}: the variance of (v^T S)^2 grows like d; loss=ssm_vr keeps the square exact")
+        warnings.append(
+            f"loss=ssm at d={d}: the variance of (v^T S)^2 grows like d; loss=ssm_vr keeps the square exact"
+        )
     exact = loss.name == "ssm_vr" and s.n_proj >= d
     if isinstance(law, projections.Gaussian) and d <= 4 and not exact:
         warnings.append(f"projection=gaussian at d={d}: about three times the variance of rademacher")
@@ -212,9 +220,7 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
     return notes, warnings
 
 
-def compose(
-    config: Mapping[str, Any], data: Dataset | None = None, gaussian: Gaussian | None = None
-) -> Parts:
+def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Gaussian | None = None) -> Parts:
     """All parts of a resolved config, checked against each other. Raises ScoreSDEError before any work starts.
 
     Args:

@@ -73,7 +73,9 @@ def dotted_keys(command: str) -> list[str]:
     for group in groups(command):
         found.add(group)
         for option in options(group):
-            found |= {f"{group}.{key}" for key in load(conf_dir() / group / f"{option}.yaml") if not key.startswith("_")}
+            found |= {
+                f"{group}.{key}" for key in load(conf_dir() / group / f"{option}.yaml") if not key.startswith("_")
+            }
     return sorted(found)
 
 

@@ -23,7 +23,7 @@ def dual(field: Field, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     if hasattr(field, "forward_dual"):
         return field.forward_dual(x, t, v)
 
-    def push(tangent: Tensor) -> tuple[Tensor, Tensor]:
+    def push(tangent: Tensor) -> tuple[Tensor, ...]:
         return torch.func.jvp(lambda y: field(y, t), (x,), (tangent,))
 
     out, jvp = torch.func.vmap(push, randomness="same")(v)

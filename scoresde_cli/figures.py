@@ -14,9 +14,9 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.networks.model import ScoreModel
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
@@ -87,7 +87,9 @@ def marginals(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: 
     shown = min(len(names), most)
     across = min(4, shown)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(-(-shown // across), across, figsize=(2.4 * across, 1.9 * -(-shown // across)), squeeze=False)
+        figure, axes = plt.subplots(
+            -(-shown // across), across, figsize=(2.4 * across, 1.9 * -(-shown // across)), squeeze=False
+        )
         for i, panel in enumerate(axes.flat):
             if i >= shown:
                 panel.axis("off")
@@ -125,10 +127,12 @@ def picture(data: Dataset, u: np.ndarray, path: Path) -> Path:
         return path
     points = u.reshape(len(u), -1)
     if points.shape[1] != 2:
-        raise ScoreSDEError(f"out={path.name}: a picture needs images or data in the plane; take .csv, .parquet or .npz")
+        raise ScoreSDEError(
+            f"out={path.name}: a picture needs images or data in the plane; take .csv, .parquet or .npz"
+        )
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4, 4))
-        axes.scatter(*points.T, s=1.2, alpha=0.4, color=MODEL, lw=0)
+        axes.scatter(points[:, 0], points[:, 1], s=1.2, alpha=0.4, color=MODEL, lw=0)
         axes.set_aspect("equal")
         return finish(figure, path)
 
@@ -152,9 +156,9 @@ def image_grids(a: np.ndarray, b: np.ndarray, title: str, path: Path, side: int 
 def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path, side: int = 72) -> Path:
     """For data in the plane: the learnt log-density (probability-flow ODE) and the score field at t = 0.05, in model coordinates."""
     x = data.splits["test"][:5000].double()
-    low, high = x.quantile(0.001, dim=0), x.quantile(0.999, dim=0)
-    pad = 0.2 * (high - low)
-    low, high = (low - pad).tolist(), (high + pad).tolist()
+    first, last = x.quantile(0.001, dim=0), x.quantile(0.999, dim=0)
+    pad = 0.2 * (last - first)
+    low, high = (first - pad).tolist(), (last + pad).tolist()
     like = model.mean
 
     def mesh(k: int) -> tuple[np.ndarray, np.ndarray, Tensor]:

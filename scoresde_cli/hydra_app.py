@@ -40,7 +40,9 @@ def run(name: str, module: str, arguments: list[str]) -> int:
         raise
     except SystemExit as stop:
         if stop.code not in (0, None):
-            raise ScoreSDEError(f"{name}: wrong flags in {' '.join(arguments)}; `scoresde {name} --help` shows what there is") from None
+            raise ScoreSDEError(
+                f"{name}: wrong flags in {' '.join(arguments)}; `scoresde {name} --help` shows what there is"
+            ) from None
         return 0
     finally:
         sys.argv = old_argv
@@ -60,9 +62,13 @@ def translate(problem: Exception, name: str, arguments: list[str]) -> ScoreSDEEr
         group, given = option.groups()
         choices = configs.options(group)
         if choices:
-            return ScoreSDEError(f"{group}={given}: no such option; expected one of {', '.join(choices)}{nearest(given, choices)}")
+            return ScoreSDEError(
+                f"{group}={given}: no such option; expected one of {', '.join(choices)}{nearest(given, choices)}"
+            )
         return ScoreSDEError(f"unknown group {group}{nearest(group, known)}")
-    key = re.search(r"(?:Could not override|Key) '([^']+)'", text) or re.search(r"Could not append to config.*'([^']+)'", text)
+    key = re.search(r"(?:Could not override|Key) '([^']+)'", text) or re.search(
+        r"Could not append to config.*'([^']+)'", text
+    )
     if key and "no such" not in text.lower().split("key")[0]:
         given = key.group(1)
         if "already at" in text or "Could not append" in text:
@@ -71,14 +77,20 @@ def translate(problem: Exception, name: str, arguments: list[str]) -> ScoreSDEEr
         if group in configs.groups(name) and "." in given and configs.groups(name)[group] is None:
             chosen = [a for a in arguments if a.startswith(f"{group}=")]
             if not chosen:
-                return ScoreSDEError(f"{given}: choose the {group} first, as in {group}={configs.options(group)[0]} {given}=...")
+                return ScoreSDEError(
+                    f"{given}: choose the {group} first, as in {group}={configs.options(group)[0]} {given}=..."
+                )
         near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; `scoresde {name} --help` lists them"
         return ScoreSDEError(f"unknown key {given!r} for `scoresde {name}`{hint}")
-    parse = re.search(r"mismatched input|extraneous input|token recognition|no viable|missing EQUAL|LexerNoViable", text)
+    parse = re.search(
+        r"mismatched input|extraneous input|token recognition|no viable|missing EQUAL|LexerNoViable", text
+    )
     if parse or "OverrideParse" in type(problem).__name__:
         culprit = next((a for a in arguments if a in text), arguments[0] if arguments else "")
         if "=" not in culprit:
             return ScoreSDEError(f"{culprit!r}: expected key=value{nearest(culprit, known)}")
-        return ScoreSDEError(f"{culprit!r}: not readable as key=value; put values with spaces or brackets in quotes: \"key='a b'\"")
+        return ScoreSDEError(
+            f"{culprit!r}: not readable as key=value; put values with spaces or brackets in quotes: \"key='a b'\""
+        )
     return ScoreSDEError(f"{one_line(text)[:300]}")

@@ -4,6 +4,7 @@ With dx/dt = velocity(x, t), log p_{t_min}(x) = log p_T(x_T) + int_{t_min}^T div
 Song et al., ICLR 2021, eq. 39). p_T is taken to be the process's prior.
 """
 
+import itertools
 import math
 
 import torch
@@ -33,7 +34,7 @@ def _log_prob(model: FieldModel, sde: SDE, x: Tensor, t_min: float, steps: int) 
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     grid = ((t_min**0.5 + u * (sde.T**0.5 - t_min**0.5)) ** 2).to(x)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in itertools.pairwise(grid):
         h = s - t
         v1, d1 = rates(x, t.expand(len(x)))
         v2, d2 = rates(x + h * v1, s.expand(len(x)))

@@ -78,17 +78,26 @@ def command(name: str) -> str:
     summary, hydra = COMMANDS[name]
     parts = [f"scoresde {name}: {summary}"]
     if hydra:
-        parts.append(f"usage: scoresde {name} [key=value ...] [group=option ...]" + (" [-m for a sweep]" if name == "train" else ""))
+        parts.append(
+            f"usage: scoresde {name} [key=value ...] [group=option ...]"
+            + (" [-m for a sweep]" if name == "train" else "")
+        )
         keys = configs.keys(name)
         width = max(len(f"{key}={shown(value)}") for key, value, _ in keys) + 2
         parts.append("keys:\n" + "\n".join(f"  {f'{key}={shown(value)}':<{width}} {what}" for key, value, what in keys))
         lines = []
         for group, default in configs.groups(name).items():
             options = [f"{o}*" if o == default else o for o in configs.options(group)]
-            lines.append(textwrap.fill(", ".join(options), 100, initial_indent=f"  {group:<17}", subsequent_indent=" " * 19))
+            lines.append(
+                textwrap.fill(", ".join(options), 100, initial_indent=f"  {group:<17}", subsequent_indent=" " * 19)
+            )
         if lines:
-            parts.append("groups (* is the default; `scoresde list GROUP` shows the keys of each option):\n" + "\n".join(lines))
-        parts.append("Hydra's own flags work: --cfg job prints the config, --config-dir DIR adds your own options, --info all.")
+            parts.append(
+                "groups (* is the default; `scoresde list GROUP` shows the keys of each option):\n" + "\n".join(lines)
+            )
+        parts.append(
+            "Hydra's own flags work: --cfg job prints the config, --config-dir DIR adds your own options, --info all."
+        )
     width = max(len(line) for line, _ in EXAMPLES[name]) + 2
     parts.append("examples:\n" + "\n".join(f"  {line:<{width}} {what}" for line, what in EXAMPLES[name]))
     return "\n\n".join(parts)

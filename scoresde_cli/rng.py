@@ -9,7 +9,7 @@ import hashlib
 import torch
 
 
-def generator(seed: int, purpose: str, *indices: int, device: str | torch.device = "cpu") -> torch.Generator:
+def generator(seed: int, purpose: str, *indices: int | str, device: str | torch.device = "cpu") -> torch.Generator:
     """A generator whose state depends on its arguments alone (64 bits of BLAKE2b of them)."""
     text = "/".join([str(seed), purpose, *map(str, indices)]).encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()

@@ -215,11 +215,15 @@ class RunDir:
         """The newest checkpoint, verified."""
         found = checkpoints(self.path / "checkpoints")
         if not found:
-            raise Unreadable(f"run={self.path}: no checkpoint yet (status {self.status()}); go on with resume={self.path}")
+            raise Unreadable(
+                f"run={self.path}: no checkpoint yet (status {self.status()}); go on with resume={self.path}"
+            )
         try:
             return Checkpoint.read(found[-1], device)
         except Unreadable as problem:
-            older = f"; an older one is {found[-2].name}: move {found[-1].name} away to use it" if len(found) > 1 else ""
+            older = (
+                f"; an older one is {found[-2].name}: move {found[-1].name} away to use it" if len(found) > 1 else ""
+            )
             raise Unreadable(f"{problem}{older}") from problem
 
     def stored_data(self) -> tuple[Stored, Gaussian]:
@@ -268,9 +272,7 @@ def unpack_data(path: Path) -> tuple[Stored, Gaussian]:
             facts = json.loads(file.metadata()["data"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         shape = tuple(int(n) for n in facts["shape"])
-        units = Units(
-            shape, tensors["shift"], tensors.get("scale"), tensors.get("matrix"), tensors.get("resolution")
-        )
+        units = Units(shape, tensors["shift"], tensors.get("scale"), tensors.get("matrix"), tensors.get("resolution"))
         gaussian = Gaussian(tensors["mean"], tensors["lam"], tensors.get("basis"))
         return Stored(shape, facts["kind"], facts["columns"], units), gaussian
     except Exception as problem:  # every way in which foreign bytes can fail to be this file
@@ -288,8 +290,11 @@ def git_state() -> dict[str, Any] | None:
     if not (folder / ".git").exists():
         return None
     try:
+
         def git(*args: str) -> str:
-            return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=True).stdout
+            return subprocess.run(
+                ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=True
+            ).stdout
 
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
     except (OSError, subprocess.SubprocessError):
@@ -340,7 +345,12 @@ class Run:
         if not self.parts.settings.t_min <= t <= sde.T:
             raise ScoreSDEError(f"t={t}: expected a time in [{self.parts.settings.t_min}, {sde.T}]")
         z = self._model_coordinates(x)
-        s = self.model.score(z, torch.full((len(z),), float(t), device=z.device, dtype=z.dtype)).cpu().double().flatten(1)
+        s = (
+            self.model.score(z, torch.full((len(z),), float(t), device=z.device, dtype=z.dtype))
+            .cpu()
+            .double()
+            .flatten(1)
+        )
         units = self.units
         s = s / units.scale if units.scale is not None else torch.linalg.solve(units.matrix.T, s.T).T  # type: ignore[union-attr]
         return s.reshape(-1, *self.shape).numpy()

@@ -1,6 +1,7 @@
 """`scoresde evaluate`: measure a run again and keep the numbers with their protocol."""
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,14 +16,17 @@ from scoresde_cli.tracking import console
 from scoresde_cli.training.state import write_durably
 
 
+@dataclass(frozen=True)
 class Keys:
     """The keys of `evaluate`."""
 
-    def __init__(
-        self, run: str, n: Annotated[int, Field(ge=20)], seed: NonNegativeInt, average: bool, device: str,
-        t_min: Annotated[float, Field(gt=0, lt=1)] | None, trust: bool,
-    ) -> None:  # fmt: skip
-        raise NotImplementedError("a schema, never made")
+    run: str
+    n: Annotated[int, Field(ge=20)]
+    seed: NonNegativeInt
+    average: bool
+    device: str
+    t_min: Annotated[float, Field(gt=0, lt=1)] | None
+    trust: bool
 
 
 def task(config: DictConfig) -> int:
@@ -37,7 +41,14 @@ def task(config: DictConfig) -> int:
     sampler = pick_sampler(run, chosen, keys["t_min"])
     with console.counting("sampling", keys["n"]) as progress:
         summary, _, _ = evaluation.evaluate(
-            parts, run.model, sampler, keys["n"], seed=keys["seed"], averaged=run.averaged, step=run.step, progress=progress
+            parts,
+            run.model,
+            sampler,
+            keys["n"],
+            seed=keys["seed"],
+            averaged=run.averaged,
+            step=run.step,
+            progress=progress,
         )
     file = run.path / "evaluation.json"
     earlier = json.loads(file.read_text()) if file.exists() else []

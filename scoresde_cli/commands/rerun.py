@@ -1,5 +1,6 @@
 """`scoresde rerun`: train a run's config again and hold the numbers against each other."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,11 +14,13 @@ from scoresde_cli.tracking import console
 MEASURED = ("train_seconds", "steps_per_second", "peak_memory_mb")
 
 
+@dataclass(frozen=True)
 class Keys:
     """The keys of `rerun`."""
 
-    def __init__(self, run: str, dir: str | None, trust: bool) -> None:
-        raise NotImplementedError("a schema, never made")
+    run: str
+    dir: str | None
+    trust: bool
 
 
 def task(config: DictConfig) -> int:

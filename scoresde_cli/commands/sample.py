@@ -1,5 +1,6 @@
 """`scoresde sample`: draw samples from a run and write them in the user's units."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +20,19 @@ from scoresde_cli.tracking import console
 SUFFIXES = (".npz", ".csv", ".parquet", ".png")
 
 
+@dataclass(frozen=True)
 class Keys:
     """The keys of `sample`."""
 
-    def __init__(
-        self, run: str, n: PositiveInt, seed: NonNegativeInt, out: str | None, average: bool, device: str,
-        t_min: Annotated[float, Field(gt=0, lt=1)] | None, overwrite: bool, trust: bool,
-    ) -> None:  # fmt: skip
-        raise NotImplementedError("a schema, never made")
+    run: str
+    n: PositiveInt
+    seed: NonNegativeInt
+    out: str | None
+    average: bool
+    device: str
+    t_min: Annotated[float, Field(gt=0, lt=1)] | None
+    overwrite: bool
+    trust: bool
 
 
 def task(config: DictConfig) -> int:
@@ -44,7 +50,9 @@ def task(config: DictConfig) -> int:
         samples = run.sample_model(keys["n"], keys["seed"], sampler, progress)
     write_samples(out, run.parts.data, samples.x.cpu(), keys["overwrite"])
     weights = "averaged weights" if run.averaged else "last weights"
-    console.note(f"{keys['n']} samples by {type(sampler).__name__}, {samples.nfe} evaluations each, {weights} of step {run.step}")
+    console.note(
+        f"{keys['n']} samples by {type(sampler).__name__}, {samples.nfe} evaluations each, {weights} of step {run.step}"
+    )
     console.note(f"written  {out}")
     return 0
 
@@ -63,7 +71,9 @@ def pick_sampler(run: Run, chosen: dict[str, Any] | None, t_min: float | None) -
 
 def check_out(path: Path, overwrite: bool) -> Path:
     if path.suffix.lower() not in SUFFIXES:
-        raise ScoreSDEError(f"out={path}: expected a name ending in {', '.join(SUFFIXES)}{nearest(path.suffix, SUFFIXES)}")
+        raise ScoreSDEError(
+            f"out={path}: expected a name ending in {', '.join(SUFFIXES)}{nearest(path.suffix, SUFFIXES)}"
+        )
     if path.exists() and not overwrite:
         raise ScoreSDEError(f"{path} exists already; choose another out= or say overwrite=true")
     if path.suffix.lower() != ".npz" and not path.parent.is_dir():
@@ -86,8 +96,10 @@ def write_samples(path: Path, data: Dataset, x: Tensor, overwrite: bool) -> None
 
 def write(path: Path, suffix: str, data: Dataset, u: np.ndarray, x: Tensor) -> None:
     if suffix == ".npz":
-        names = {} if data.columns is None else {"columns": np.array(data.columns)}
-        np.savez_compressed(path, x=u.astype(np.float32), **names)
+        arrays: dict[str, Any] = {"x": u.astype(np.float32)}
+        if data.columns is not None:
+            arrays["columns"] = np.array(data.columns)
+        np.savez_compressed(path, **arrays)
         return
     if suffix == ".png":
         from scoresde_cli import figures

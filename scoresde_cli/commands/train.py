@@ -53,7 +53,11 @@ def fresh(config: dict[str, Any], overrides: list[str], folder: str | None = Non
 def resume(config: dict[str, Any], overrides: list[str]) -> int:
     """Go on with the run in `resume`, in the same directory, with the same config."""
     run = RunDir.open(str(config["resume"]), "resume")
-    foreign = [o for o in overrides if (key := o.lstrip("+~").split("=")[0]) not in MAY_CHANGE and not key.startswith("tracker")]
+    foreign = [
+        o
+        for o in overrides
+        if (key := o.lstrip("+~").split("=")[0]) not in MAY_CHANGE and not key.startswith("tracker")
+    ]
     if foreign:
         raise ScoreSDEError(
             f"resume keeps the run's own config: {', '.join(foreign)} cannot change; only steps, max_seconds and tracker.* can"
@@ -71,7 +75,9 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
         checkpoint = run.checkpoint(parts.device) if checkpoints(run.path / "checkpoints") else None
         done = 0 if checkpoint is None else int(checkpoint.facts["step"])
         if done > parts.settings.steps:
-            raise ScoreSDEError(f"steps={parts.settings.steps}: the run is at step {done} already; say steps=N with N above that")
+            raise ScoreSDEError(
+                f"steps={parts.settings.steps}: the run is at step {done} already; say steps=N with N above that"
+            )
         if was_finished and done == parts.settings.steps:
             console.note(f"{run.path}: finished at step {done}; go on with steps=N, N above that")
             return 0
@@ -169,7 +175,9 @@ def gaussian_loss(parts: Parts) -> float:
     """The training loss of the Gaussian part alone, on 20,000 training samples: the line that training has to cross."""
     x0 = parts.data.splits["train"][:20_000].to(device=parts.device, dtype=parts.dtype)
     reference = parts.loss.reference(x0[0].numel())
-    return float(loop.mean_loss(reference, parts.model.gaussian_part(), parts.sde, x0, parts.settings.seed, "baseline").mean())
+    return float(
+        loop.mean_loss(reference, parts.model.gaussian_part(), parts.sde, x0, parts.settings.seed, "baseline").mean()
+    )
 
 
 def optimise(
@@ -227,7 +235,9 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     if problem:
         console.warn(problem)
     if "sliced_wasserstein" not in summary:
-        console.warn("some samples are not finite: no distance was measured (more sampler.steps or a better score may help)")
+        console.warn(
+            "some samples are not finite: no distance was measured (more sampler.steps or a better score may help)"
+        )
 
 
 def draw(

@@ -96,7 +96,9 @@ class Sampled(Dataset):
     def __init__(self, shape: tuple[int, ...], n: int, seed: int) -> None:
         self.shape, self.units, self.facts = shape, Units.identity(shape), {"n": n}
         sizes = {"train": n, "valid": max(n // 5, 100), "test": max(n // 5, 100)}
-        self.splits = {name: self.fresh(size, generator(seed, "data", i)) for i, (name, size) in enumerate(sizes.items())}
+        self.splits = {
+            name: self.fresh(size, generator(seed, "data", i)) for i, (name, size) in enumerate(sizes.items())
+        }
 
     @abstractmethod
     def draw(self, n: int, source: torch.Generator) -> Tensor:

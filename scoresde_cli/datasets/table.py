@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from scoresde_cli.datasets.base import Dataset, Units, split_rows
+from scoresde_cli.datasets.base import Dataset, Kind, Units, split_rows
 from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest, one_line
 from scoresde_cli.rng import generator, uniform
 
@@ -30,7 +30,7 @@ class Table(Dataset):
     Raises Unreadable (exit code 4) where the file cannot serve, ScoreSDEError (2) where a setting does not fit it.
     """
 
-    kind = "table"
+    kind: Kind = "table"
 
     def __init__(
         self, path: str, columns: list[str] | None = None, missing: Literal["refuse", "drop"] = "refuse",
@@ -101,7 +101,9 @@ def read_array(file: Path, columns: list[str] | None, key: str | None) -> tuple[
     u = torch.from_numpy(loaded.astype(np.float64))
     if u.ndim > 2:
         if columns is not None:
-            raise ScoreSDEError(f"data.columns={columns}: {file} is an array of shape {tuple(u.shape)}, it has no columns")
+            raise ScoreSDEError(
+                f"data.columns={columns}: {file} is an array of shape {tuple(u.shape)}, it has no columns"
+            )
         return u, None
     names = [f"x{i}" for i in range(u.shape[1])]
     if columns is not None:
@@ -112,7 +114,9 @@ def read_array(file: Path, columns: list[str] | None, key: str | None) -> tuple[
 
 def position(name: str, names: list[str], file: Path) -> int:
     if name not in names:
-        raise ScoreSDEError(f"data.columns: no column {name!r} in {file}; it has {', '.join(names)}{nearest(name, names)}")
+        raise ScoreSDEError(
+            f"data.columns: no column {name!r} in {file}; it has {', '.join(names)}{nearest(name, names)}"
+        )
     return names.index(name)
 
 
@@ -146,9 +150,7 @@ def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, lis
     return torch.from_numpy(frame.to_numpy(dtype=np.float64, na_value=np.nan).copy()), list(frame.columns)
 
 
-def handle_missing(
-    u: torch.Tensor, names: list[str] | None, missing: str, path: str
-) -> tuple[torch.Tensor, int]:
+def handle_missing(u: torch.Tensor, names: list[str] | None, missing: str, path: str) -> tuple[torch.Tensor, int]:
     """The rows without missing or infinite values, and how many were dropped."""
     bad = ~torch.isfinite(u.flatten(1))
     rows = bad.any(1)
@@ -173,9 +175,7 @@ def smallest_step(column: np.ndarray) -> float:
     return float(gaps[gaps > 1e-9 * np.abs(values).max()].min())
 
 
-def fit_units(
-    train: torch.Tensor, scaling: str, names: list[str] | None, resolution: torch.Tensor | None
-) -> Units:
+def fit_units(train: torch.Tensor, scaling: str, names: list[str] | None, resolution: torch.Tensor | None) -> Units:
     shape, flat = tuple(train.shape[1:]), train.flatten(1)
     mean, std = flat.mean(0), flat.std(0, correction=0)
     if scaling == "none":

@@ -89,7 +89,7 @@ def compare(
     def entry(value: float, copies: list[float], floor: list[float], **protocol: Any) -> dict[str, Any]:
         return {
             "value": value, "ci": interval(value, copies), "floor": float(np.mean(floor)),
-            "floor_high": float(np.quantile(floor, 0.95)), "unit": "model coordinates", "protocol": protocol,
+            "floor_high": float(np.quantile(floor, 0.95)), "unit": "model units", "protocol": protocol,
         }  # fmt: skip
 
     return {

@@ -39,14 +39,12 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 1000) -> list
     return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
-def score_error(
-    model: FieldModel, exact: FieldModel, sde: SDE, x0: Tensor, t_min: float, seed: int
-) -> dict[str, Any]:
+def score_error(model: FieldModel, exact: FieldModel, sde: SDE, x0: Tensor, t_min: float, seed: int) -> dict[str, Any]:
     """F = E_t sigma^2 |s - s_exact|^2, summed over coordinates, t uniform on [t_min, T], x0 held-out data (n, *D)."""
     _, errors = squared_errors(model, exact, sde, x0, t_min, seed)
     values = errors.cpu().numpy()
     return {
         "value": float(values.mean()), "ci": bootstrap_mean(values, seed), "floor": 0.0, "floor_high": 0.0,
-        "unit": "sigma^2 |s - s*|^2, summed over coordinates",
-        "protocol": {"n": len(values), "t": [t_min, sde.T], "times": "uniform"},
+        "unit": "sigma^2 |s - s*|^2",
+        "protocol": {"n": len(values), "t": [t_min, sde.T], "times": "uniform", "summed_over": "coordinates"},
     }  # fmt: skip

@@ -49,11 +49,10 @@ def value(name: Activation, u: Tensor) -> Tensor:
     return getattr(F, name)(u) if name != "tanh" else torch.tanh(u)
 
 
-def linear(layer: nn.Linear, stack: Tensor) -> Tensor:
+def linear(layer: nn.Module, stack: Tensor) -> Tensor:
     """The layer on a stack: its bias moves the primal only."""
+    assert isinstance(layer, nn.Linear)
     out = stack @ layer.weight.T
-    if layer.bias is None:
-        return out
     return torch.cat([out[:1] + layer.bias, out[1:]])
 
 

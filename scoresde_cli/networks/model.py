@@ -9,6 +9,7 @@ from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.networks.parameterisation import Parameterisation, Residual
+from scoresde_cli.rng import normal
 from scoresde_cli.sdes.base import SDE
 
 
@@ -19,6 +20,11 @@ class Gaussian:
     mean: Tensor
     lam: Tensor
     basis: Tensor | None
+
+    def sample(self, n: int, source: torch.Generator) -> Tensor:
+        """n draws (n, d), float64."""
+        y = normal((n, len(self.mean)), source, torch.float64) * self.lam.sqrt()
+        return self.mean + (y if self.basis is None else y @ self.basis.T)
 
 
 def fit_gaussian(x: Tensor, covariance: str) -> Gaussian:
@@ -59,9 +65,7 @@ class ScoreModel(nn.Module, FieldModel):
     lam: Tensor
     basis: Tensor | None
 
-    def __init__(
-        self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian
-    ) -> None:
+    def __init__(self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian) -> None:
         super().__init__()
         kernel = sde.kernel()
         if kernel is None:
@@ -121,5 +125,3 @@ class ScoreModel(nn.Module, FieldModel):
         skip = self._prepare(x, t)[2]
         w = self._turn(v.flatten(2))
         return skip.sum(1) - (skip * w.square()).sum(2)
-
-

@@ -4,6 +4,7 @@ Samples are made in blocks of BLOCK rows, each with a generator of its own, and 
 i depends on the seed and on i alone, bit for bit, however many are asked for.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ class Sampler(ABC):
         self.steps, self.spacing, self.denoise, self.t_min = steps, spacing, denoise, t_min
 
     @abstractmethod
-    def step(self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator) -> Tensor:
+    def step(
+        self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator
+    ) -> Tensor:
         """x at s < t from x at t; t and s have shape (B,); `fields(x, t, name)` evaluates the model and is counted."""
 
     def grid(self, T: float) -> Tensor:
@@ -74,7 +77,7 @@ class Sampler(ABC):
                 return model.fields(x, t, {name})[name]
 
             x = sde.sample_prior((BLOCK, *shape), source, dtype)
-            for t, s in zip(times[:-1], times[1:], strict=True):
+            for t, s in itertools.pairwise(times):
                 x = self.step(fields, sde, x, t.expand(BLOCK), s.expand(BLOCK), source)
             if self.denoise:
                 x = fields(x, times[-1].expand(BLOCK), "x0")

@@ -15,5 +15,7 @@ class EulerODE(Sampler):
 
     needs = frozenset({"velocity"})
 
-    def step(self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator) -> Tensor:
+    def step(
+        self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator
+    ) -> Tensor:
         return x - expand(t - s, x) * fields(x, t, "velocity")

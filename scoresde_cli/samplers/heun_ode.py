@@ -15,7 +15,9 @@ class HeunODE(Sampler):
 
     needs = frozenset({"velocity"})
 
-    def step(self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator) -> Tensor:
+    def step(
+        self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator
+    ) -> Tensor:
         h = expand(t - s, x)
         first = fields(x, t, "velocity")
         second = fields(x - h * first, s, "velocity")

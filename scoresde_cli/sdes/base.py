@@ -90,7 +90,8 @@ class GaussianKernel(Kernel):
         return Noised(mean + factor.mul(eps), mean, factor, eps)
 
     def targets(self, x0: Tensor, noised: Noised, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
-        assert noised.factor is not None and noised.eps is not None
+        assert noised.factor is not None
+        assert noised.eps is not None
         known = {
             "eps": lambda: noised.eps,
             "score": lambda: -noised.factor.solve_t(noised.eps),

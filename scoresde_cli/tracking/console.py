@@ -12,18 +12,26 @@ from rich.table import Table
 
 from scoresde_cli.tracking.base import Tracker
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def console(stderr: bool = False) -> Console:
+    """No markup, so that E[v] stays what it is; a log file gets room for the tables."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
+    if not made.is_terminal:
+        made.width = 120
+    return made
+
+
+out, err = console(), console(stderr=True)
 
 
 def note(text: str) -> None:
     """A line of information on stdout."""
-    out.print(text, markup=False)
+    out.print(text)
 
 
 def warn(text: str) -> None:
     """A warning on stderr, one line."""
-    err.print(f"warning: {text}", markup=False, style="yellow")
+    err.print(f"warning: {text}", style="yellow")
 
 
 class Training(Tracker):
@@ -42,8 +50,8 @@ class Training(Tracker):
         self.smooth: float | None = None
         if self.live:
             self.bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=30), TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(), console=out, transient=True,
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=30),
+                TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=out, transient=True,
             )  # fmt: skip
             self.task = self.bar.add_task("train", total=steps, completed=step, text="")
             self.bar.start()
@@ -91,8 +99,14 @@ def number(value: Any) -> str:
 def table(summary: dict[str, dict[str, Any]]) -> Table:
     """The numbers with interval, floor and unit."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("", "left"), ("value", "right"), ("95% interval", "left"), ("floor, mean to 95%", "left"), ("unit", "left")):
-        grid.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, justify in (
+        ("", "left"),
+        ("value", "right"),
+        ("95% interval", "left"),
+        ("floor, mean to 95%", "left"),
+        ("unit", "left"),
+    ):
+        grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name, entry in summary.items():
         ci = entry["ci"]
         floor = f"{number(entry['floor'])} to {number(entry['floor_high'])}" if entry["floor_high"] else ""
@@ -107,5 +121,3 @@ def panel(title: str, summary: dict[str, dict[str, Any]], lines: list[str]) -> N
     out.print(Panel(table(summary), title=title, title_align="left", expand=False))
     for line in lines:
         note(line)
-
-

@@ -41,7 +41,8 @@ class WandB(Tracker):
     ) -> None:  # fmt: skip
         if mode == "auto":
             mode = "online" if has_credentials() and "SLURM_JOB_ID" not in os.environ else "offline"
-        self.mode, self.run = mode, None
+        self.mode: Mode = mode
+        self.run: Any = None
         self.identity = {"project": project, "entity": entity, "group": group, "name": name, "tags": tags or []}
 
     def begin(self, folder: Path, config: dict[str, Any], run_id: str | None) -> str | None:
@@ -97,7 +98,9 @@ class WandB(Tracker):
         run, self.run = self.run, None
         if run is None:
             return
-        ending = threading.Thread(target=lambda: self._try("finishing", lambda: run.finish(exit_code=exit_code)), daemon=True)
+        ending = threading.Thread(
+            target=lambda: self._try("finishing", lambda: run.finish(exit_code=exit_code)), daemon=True
+        )
         ending.start()
         ending.join(SECONDS_TO_FINISH)
         if ending.is_alive():
