@@ -72,6 +72,16 @@ def verdict(summary: Summary) -> str | None:
     return None
 
 
+def overfitted(best: float, best_step: int, last: float, step: int) -> str | None:
+    """One line where the validation loss (relative to the baseline's, so negative is good) has turned and risen; else None."""
+    if best_step < step and best < 0 and last > 0.9 * best:
+        return (
+            f"overfitted: the held-out loss gained {-best:.3g} on the baseline at step {best_step}, {-last:.3g} at the end; "
+            "fewer steps, more data, or checkpoint=best when sampling"
+        )
+    return None
+
+
 def evaluate(
     parts: Parts, model: ScoreModel, sampler: Sampler, n: int, *, seed: int, averaged: bool, step: int,
     progress: Callable[[int], None] | None = None,

@@ -27,6 +27,9 @@ class FieldModel(ABC):
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """The score of p_t at x, shape (B, *D), for x (B, *D) and t (B,)."""
 
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.score(x, t)
+
     def fields(self, x: Tensor, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
         """The named fields, each (B, *D), from one evaluation of the score. Raises ScoreSDEError for an unknown name."""
         missing = names - self.provides

@@ -108,12 +108,13 @@ def marginals(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: 
 
 
 def tiles(images: np.ndarray, side: int, low: float, high: float) -> np.ndarray:
-    """Images (n, C, H, W) as one picture of side x side tiles, (side H, side W, C) in [0, 1]."""
+    """Images (n, C, H, W) as one picture in [0, 1] of side x side tiles with lines of half grey between them, (., ., C)."""
     count, (channels, height, width) = side * side, images.shape[1:]
-    filled = np.full((count, channels, height, width), low)
-    filled[: min(count, len(images))] = images[:count]
-    rows = filled.reshape(side, side, channels, height, width).transpose(0, 3, 1, 4, 2)
-    return np.clip((rows.reshape(side * height, side * width, channels) - low) / (high - low), 0, 1)
+    grey = np.clip((images[:count] - low) / (high - low), 0, 1)
+    framed = np.full((count, channels, height + 1, width + 1), 0.5)
+    framed[: len(grey), :, 1:, 1:] = grey
+    rows = framed.reshape(side, side, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
+    return rows.reshape(side * (height + 1), side * (width + 1), channels)
 
 
 def picture(data: Dataset, u: np.ndarray, path: Path) -> Path:
@@ -154,7 +155,7 @@ def image_grids(a: np.ndarray, b: np.ndarray, title: str, path: Path, side: int 
 
 @torch.no_grad()
 def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path, side: int = 72) -> Path:
-    """For data in the plane: the learnt log-density (probability-flow ODE) and the score field at t = 0.05, in model coordinates."""
+    """For data in the plane, in model units: the learnt log-density (probability-flow ODE) and score field at t = 0.05."""
     x = data.splits["test"][:5000].double()
     first, last = x.quantile(0.001, dim=0), x.quantile(0.999, dim=0)
     pad = 0.2 * (last - first)
@@ -166,7 +167,7 @@ def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path
         return u, v, torch.from_numpy(np.stack([u.ravel(), v.ravel()], axis=1)).to(like)
 
     u, v, points = mesh(side)
-    log = likelihood.log_prob(model, model.sde, points, t_min, 40).cpu().numpy().reshape(side, side)
+    log = likelihood.log_prob(model, model.sde, points, t_min, 20).cpu().numpy().reshape(side, side)
     top = float(np.nanmax(log))
     a, b, coarse = mesh(22)
     t_field = 0.05 * model.sde.T

@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from scoresde_cli import configs
-from scoresde_cli.errors import ScoreSDEError, nearest, one_line
+from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
 
 
 def run(name: str, module: str, arguments: list[str]) -> int:
@@ -18,12 +18,16 @@ def run(name: str, module: str, arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    code = 0
+    failures: list[Exception] = []
 
-    def task(config: Any) -> int:
-        nonlocal code
-        code = importlib.import_module(module).task(config) or code
-        return code
+    def task(config: Any) -> None:
+        """One job. A failure is kept, since Hydra would print it its own way; a sweep goes on with the next job."""
+        try:
+            importlib.import_module(module).task(config)
+        except Stopped as problem:
+            raise KeyboardInterrupt from problem  # no Exception: it ends a sweep, too
+        except Exception as problem:
+            failures.append(problem)
 
     old_argv, old_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [old_argv[0], *arguments]
@@ -32,6 +36,8 @@ def run(name: str, module: str, arguments: list[str]) -> int:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="hydra")
             hydra.main(version_base="1.3", config_path=str(configs.conf_dir()), config_name=name)(task)()
+    except KeyboardInterrupt as problem:
+        raise (problem.__cause__ if isinstance(problem.__cause__, Stopped) else problem) from None
     except (HydraException, OmegaConfBaseException) as problem:
         raise translate(problem, name, arguments) from problem
     except ValueError as problem:
@@ -50,7 +56,11 @@ def run(name: str, module: str, arguments: list[str]) -> int:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = old_full
-    return code
+    for problem in failures[:-1]:
+        print(f"scoresde: {one_line(problem)}", file=sys.stderr)
+    if failures:
+        raise failures[-1]
+    return 0
 
 
 def translate(problem: Exception, name: str, arguments: list[str]) -> ScoreSDEError:

@@ -34,7 +34,7 @@ from scoresde_cli.datasets.base import Units
 from scoresde_cli.errors import ScoreSDEError, Unreadable, one_line
 from scoresde_cli.networks.model import Gaussian, ScoreModel
 from scoresde_cli.samplers.base import Sampler
-from scoresde_cli.training.state import Checkpoint, checkpoints, load_weights, write_durably
+from scoresde_cli.training.state import Checkpoint, checkpoints, load_weights, step_of, write_durably
 
 FORMAT = 1
 STATUSES = ("running", "finished", "preempted", "failed", "diverged")
@@ -211,9 +211,15 @@ class RunDir:
         refuse_foreign(config, self.path / "config.yaml", "", trust)
         return config
 
-    def checkpoint(self, device: str | torch.device = "cpu") -> Checkpoint:
-        """The newest checkpoint, verified."""
+    def checkpoint(self, device: str | torch.device = "cpu", which: str | int = "last") -> Checkpoint:
+        """A checkpoint, verified: `last`, `best` (least validation loss) or the one of a step."""
         found = checkpoints(self.path / "checkpoints")
+        if which != "last" and found:
+            step = Checkpoint.read(found[-1], device).facts["best_step"] if which == "best" else which
+            chosen = [p for p in found if step_of(p) == step]
+            if not chosen:
+                raise ScoreSDEError(f"checkpoint={which}: {self.path} keeps those of steps {', '.join(str(step_of(p)) for p in found)}")
+            return Checkpoint.read(chosen[0], device)
         if not found:
             raise Unreadable(
                 f"run={self.path}: no checkpoint yet (status {self.status()}); go on with resume={self.path}"
@@ -316,10 +322,12 @@ class Run:
         step: training steps of the weights that are used.
     """
 
-    def __init__(self, folder: RunDir, trust: bool = False, device: str | None = None, average: bool = True) -> None:
+    def __init__(
+        self, folder: RunDir, trust: bool = False, device: str | None = None, average: bool = True, which: str | int = "last",
+    ) -> None:  # fmt: skip
         self.path, self.config, self.summary = folder.path, folder.config(trust), folder.summary()
         data, gaussian = folder.stored_data()
-        checkpoint = folder.checkpoint()
+        checkpoint = folder.checkpoint(which=which)
         composed = {**self.config, "device": device or "auto", "resume": None, "dir": None, "trust": False}
         self.parts = compose(composed, data, gaussian)
         self.columns, self.units, self.shape = data.columns, data.units, data.shape
@@ -367,10 +375,10 @@ class Run:
         """n samples (n, *D) in the user's units, by the run's sampler."""
         return self.units.to_user(self.sample_model(n, seed).x.cpu()).numpy()
 
-    def log_prob(self, x: Any, steps: int = 100) -> np.ndarray:
+    def log_prob(self, x: Any, steps: int = 50) -> np.ndarray:
         """log p(x) in nats per sample, (n,), density in the user's units, for x (n, *D) in these units.
 
-        By the probability-flow ODE with the exact trace and `steps` Heun steps (likelihood.py): the density of the model at
+        By the probability-flow ODE with the exact trace and `steps` Runge-Kutta steps (likelihood.py): the density of the model at
         t_min, that is of data with that little noise.
         """
         z = self._model_coordinates(x)

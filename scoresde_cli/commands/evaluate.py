@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from scoresde_cli import evaluation
 from scoresde_cli.checks import check_call
@@ -23,6 +23,7 @@ class Keys:
     run: str
     n: Annotated[int, Field(ge=20)]
     seed: NonNegativeInt
+    checkpoint: Literal["last", "best"] | PositiveInt
     average: bool
     device: str
     t_min: Annotated[float, Field(gt=0, lt=1)] | None
@@ -34,7 +35,7 @@ def task(config: DictConfig) -> int:
     chosen = keys.pop("sampler", None)
     check_call(Keys, keys, "")
     folder = RunDir.open(keys["run"])
-    run = Run(folder, keys["trust"], keys["device"], keys["average"])
+    run = Run(folder, keys["trust"], keys["device"], keys["average"], keys["checkpoint"])
     parts = compose({**run.config, "device": keys["device"], "resume": None, "dir": None, "trust": False})
     if parts.data.facts.get("sha256") != folder.facts()["data"].get("sha256"):
         console.warn("the data file has changed since the run was trained: the numbers are for the file as it is now")

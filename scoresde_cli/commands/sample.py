@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +28,7 @@ class Keys:
     n: PositiveInt
     seed: NonNegativeInt
     out: str | None
+    checkpoint: Literal["last", "best"] | PositiveInt
     average: bool
     device: str
     t_min: Annotated[float, Field(gt=0, lt=1)] | None
@@ -41,7 +42,7 @@ def task(config: DictConfig) -> int:
     check_call(Keys, keys, "")
     out = None if keys["out"] is None else check_out(Path(keys["out"]).expanduser(), keys["overwrite"])
     folder = RunDir.open(keys["run"])
-    run = Run(folder, keys["trust"], keys["device"], keys["average"])
+    run = Run(folder, keys["trust"], keys["device"], keys["average"], keys["checkpoint"])
     sampler = pick_sampler(run, chosen, keys["t_min"])
     if out is None:
         name = f"{type(sampler).__name__}-{sampler.steps}-n{keys['n']}-seed{keys['seed']}.npz"

@@ -1,5 +1,6 @@
 """`scoresde train`: compose, train, measure, draw; or go on with a run that was cut."""
 
+import contextlib
 import resource
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,8 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, c
 
 
 def record_failure(run: RunDir, problem: BaseException) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the disk may be what failed; a stale `running` is told by its lock
         run.update(status="failed", ended=now(), error=f"{type(problem).__name__}: {problem}")
-    except OSError:
-        pass  # the disk may be what failed; a stale `running` is told by its lock
 
 
 def prepare(run: RunDir, parts: Parts, checkpoint: Any) -> TrainState:
@@ -231,9 +230,10 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         f"         scoresde train resume={run.path} steps={2 * s.steps}",
     ]
     console.panel(f"{parts.loss.convention()}", summary, lines)
-    problem = evaluation.verdict(summary)
-    if problem:
-        console.warn(problem)
+    turned = evaluation.overfitted(state.best, state.best_step, state.valid, state.step)
+    for problem in (evaluation.verdict(summary), turned):
+        if problem:
+            console.warn(problem)
     if "sliced_wasserstein" not in summary:
         console.warn(
             "some samples are not finite: no distance was measured (more sampler.steps or a better score may help)"

@@ -54,7 +54,7 @@ class Table(Dataset):
         rows = split_rows(len(u), seed)
         resolution = None
         if dequantise:
-            resolution = torch.tensor([smallest_step(column) for column in u.flatten(1).T.numpy()])
+            resolution = torch.tensor([smallest_step(column) for column in u.flatten(1).T.numpy()], dtype=torch.float64)
             noise = uniform((len(u), len(resolution)), generator(seed, "dequantise"), torch.float64) - 0.5
             u = u + (noise * resolution).reshape(u.shape)
         self.units = fit_units(u[rows["train"]], scaling, names, resolution)
@@ -140,6 +140,8 @@ def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, lis
         for name in columns:
             position(name, names, file)
         frame = frame[list(columns)]
+    if not len(frame):
+        raise Unreadable(f"data.path={file}: a header and no rows")
     text = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
     if text:
         numeric = [name for name in frame.columns if name not in text]

@@ -51,4 +51,4 @@ class SSM(Loss):
         return SSMVR(Rademacher(), 16, self.weighting, self.half, self.times, self.t_min)
 
     def convention(self) -> str:
-        return f"{super().convention()}, {self.n_proj} directions ({type(self.projection).__name__.lower()})"
+        return f"{super().convention()}, n_proj={self.n_proj} ({type(self.projection).__name__.lower()})"

@@ -116,9 +116,9 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
         if not finite(state):
             raise Diverged(f"diverged: a weight is not finite at step {state.step}")
         if validate:
-            value = validation_loss(plan, state)
-            if value < state.best:
-                state.best, state.best_step = value, state.step
+            state.valid = validation_loss(plan, state)
+            if state.valid < state.best:
+                state.best, state.best_step = state.valid, state.step
         watch.save(state)
 
     watch.stop.deferred = True

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from scoresde_cli.errors import Unreadable, one_line
 
 FORMAT = 1
-COUNTERS = ("step", "samples", "seconds", "loss_count", "best", "best_step")
+COUNTERS = ("step", "samples", "seconds", "loss_count", "valid", "best", "best_step")
 
 
 @dataclass
@@ -31,7 +31,7 @@ class TrainState:
     Attributes:
         step: steps done. samples: training samples seen. seconds: of training, over all sessions.
         loss_sum, loss_count: the window since the last logging step; the sum stays on the device.
-        best: least validation loss so far; best_step: the step of its checkpoint.
+        valid: the validation loss at the last checkpoint. best: the least so far; best_step: the step of its checkpoint.
     """
 
     model: nn.Module
@@ -42,6 +42,7 @@ class TrainState:
     samples: int = 0
     seconds: float = 0.0
     loss_count: int = 0
+    valid: float = float("inf")
     best: float = float("inf")
     best_step: int = -1
 

@@ -1,0 +1,38 @@
+"""Shared test problems, each with its source: laws whose densities, scores and noised versions are known in closed form."""
+
+import torch
+
+from scoresde_cli.datasets.oracle import Mixture
+from scoresde_cli.projections import Coordinate, Gaussian, Hadamard, Orthogonal, Projection, Rademacher, Sphere
+from scoresde_cli.sdes.base import LinearSDE
+from scoresde_cli.sdes.subvp import SubVP
+from scoresde_cli.sdes.ve import VE
+from scoresde_cli.sdes.vp import VP
+
+SDES: list[LinearSDE] = [VP(), SubVP(), VE(), VP(beta_min=1.0, beta_max=8.0), VE(sigma_min=0.05, sigma_max=5.0)]
+PROJECTIONS: list[Projection] = [Gaussian(), Rademacher(), Sphere(), Orthogonal(), Hadamard(), Coordinate()]
+EXACT_AT_D = (Orthogonal, Coordinate, Hadamard)
+
+
+def name(thing: object) -> str:
+    return type(thing).__name__
+
+
+def correlated_gaussian() -> Mixture:
+    """N(mu, C) in 2-D with C of eigenvalues 1.5 and 0.2, turned by 0.7."""
+    angle = torch.tensor(0.7, dtype=torch.float64)
+    basis = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    return Mixture(torch.ones(1), torch.tensor([[0.5, -0.3]]), torch.tensor([[1.5, 0.2]]), basis[None])
+
+
+def three_modes() -> Mixture:
+    """Three anisotropic modes of unlike weight in 2-D."""
+    return Mixture(
+        torch.tensor([0.5, 0.3, 0.2]),
+        torch.tensor([[1.0, 0.0], [-0.6, 1.0], [-0.5, -1.2]]),
+        torch.tensor([[0.04, 0.3], [0.1, 0.1], [0.2, 0.02]]),
+        torch.linalg.qr(torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0],
+    )
+
+
+MIXTURES = {"correlated_gaussian": correlated_gaussian, "three_modes": three_modes}

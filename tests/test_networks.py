@@ -1,0 +1,162 @@
+"""Networks, their dual passes and the parameterisations: one contract over networks x parameterisations x shapes."""
+
+import pytest
+import torch
+from torch import nn
+
+from scoresde_cli import divergence
+from scoresde_cli.identity import randomise
+from scoresde_cli.networks.mlp import MLP
+from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
+from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual
+from scoresde_cli.networks.resmlp import ResMLP
+from scoresde_cli.rng import generator, normal
+from scoresde_cli.sdes.ve import VE
+from scoresde_cli.sdes.vp import VP
+from tests.laws import name
+
+
+class Plain(nn.Module):
+    """A user's network without forward_dual: torch.func does the work."""
+
+    def __init__(self, shape):
+        super().__init__()
+        d = torch.Size(shape).numel()
+        self.net = nn.Sequential(nn.Linear(d + 1, 16), nn.Tanh(), nn.Linear(16, d))
+
+    def forward(self, x, c):
+        return self.net(torch.cat([x.flatten(1), c[:, None]], 1)).reshape(x.shape)
+
+
+NETWORKS = {
+    "mlp": lambda s: MLP(s, 16, 3),
+    "mlp, one layer": lambda s: MLP(s, 16, 1, "tanh"),
+    "mlp, gelu": lambda s: MLP(s, 16, 2, "gelu"),
+    "mlp, softplus": lambda s: MLP(s, 16, 2, "softplus"),
+    "mlp, elu": lambda s: MLP(s, 16, 2, "elu"),
+    "resmlp": lambda s: ResMLP(s, 16, 2),
+    "plain": Plain,
+}
+PARAMETERISATIONS = [Residual("isotropic"), Residual("full"), Eps(), Raw(), X0()]
+
+
+def model_of(make, parameterisation, shape, sde=None) -> ScoreModel:
+    data = normal((200, *shape), generator(0, "data"), torch.float64) @ torch.diag(torch.linspace(0.3, 2, shape[-1]).double())
+    gaussian = fit_gaussian(data + 0.5, parameterisation.covariance)
+    return ScoreModel(randomise(make(shape), 1), sde or VP(), parameterisation, gaussian).double()
+
+
+def batch(shape, n=3):
+    x = normal((n, *shape), generator(2, "x"), torch.float64)
+    return x, torch.linspace(0.1, 0.8, n, dtype=torch.float64)
+
+
+def autograd_jacobian(model, x, t):
+    d = x[0].numel()
+    return torch.stack(
+        [torch.autograd.functional.jacobian(lambda y, i=i: model(y[None], t[i : i + 1])[0], x[i]).reshape(d, d) for i in range(len(x))]
+    )
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("parameterisation", PARAMETERISATIONS, ids=lambda p: f"{name(p)}-{p.covariance}")
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_every_route_to_the_jacobian_agrees_with_autograd(make, parameterisation, shape):
+    model = model_of(make, parameterisation, shape)
+    x, t = batch(shape)
+    J = autograd_jacobian(model, x, t)
+    v = normal((2, *x.shape), generator(3, "v"), torch.float64)
+    score, projected = divergence.score_and_projections(model, x, t, v)
+    expected = torch.einsum("kbi,bij,kbj->kb", v.flatten(2), J, v.flatten(2))
+    scale = float(J.abs().max())
+    assert torch.allclose(score, model(x, t), rtol=1e-12, atol=1e-12 * scale)
+    assert torch.allclose(projected, expected, rtol=1e-9, atol=1e-10 * scale)
+    score, trace = divergence.score_and_trace(model, x, t)
+    assert torch.allclose(score, model(x, t), rtol=1e-12, atol=1e-12 * scale)
+    assert torch.allclose(trace, J.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-9, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_gradients_through_the_dual_pass_agree_with_double_reverse(make):
+    model = model_of(make, Residual("full"), (4,))
+    x, t = batch((4,))
+    v = normal((2, *x.shape), generator(3, "v"), torch.float64)
+    weights = list(model.network.parameters())
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    score, projected = divergence.score_and_projections(model, x, t, v)
+    forward = gradients((score.square().sum() + projected.sum()))
+    y = x.clone().requires_grad_()
+    score = model(y, t)
+    reverse = sum((torch.autograd.grad((score * one).sum(), y, create_graph=True)[0] * one).sum() for one in v)
+    backward = gradients(score.square().sum() + reverse)
+    for a, b in zip(forward, backward, strict=True):
+        assert (a is None) == (b is None) or float((a if b is None else b).abs().max()) == 0
+        if a is not None and b is not None:
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max() + 1))
+
+
+def test_the_trace_does_not_depend_on_the_chunk():
+    model = model_of(NETWORKS["resmlp"], Residual("full"), (7,))
+    x, t = batch((7,))
+    whole = divergence.weighted_trace(model.network, x, t, None)[1]
+    for elements in (1, 2 * x.numel(), 5 * x.numel()):
+        assert torch.allclose(divergence.weighted_trace(model.network, x, t, None, elements)[1], whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [MLP, ResMLP])
+def test_an_untrained_network_returns_zero(make):
+    x, t = batch((3,))
+    assert not make((3,)).double()(x, t).any()
+
+
+@pytest.mark.parametrize("sde", [VP(), VE()], ids=name)
+@pytest.mark.parametrize("covariance", ["isotropic", "full"])
+def test_zero_network_is_the_exact_score_of_gaussian_data(sde, covariance):
+    data = normal((500, 3), generator(0, "g"), torch.float64) * torch.tensor([0.5, 1.0, 2.0]).double() + 1.0
+    gaussian = fit_gaussian(data, covariance)
+    model = ScoreModel(Zero(), sde, Residual(), gaussian).double()
+    x, t = batch((3,))
+    C = torch.diag(gaussian.lam) if gaussian.basis is None else gaussian.basis @ torch.diag(gaussian.lam) @ gaussian.basis.T
+    for i in range(len(x)):
+        alpha, sigma = sde.alpha(t[i : i + 1]), sde.sigma(t[i : i + 1])
+        cov = alpha**2 * C + sigma**2 * torch.eye(3, dtype=torch.float64)
+        exact = -torch.linalg.solve(cov, x[i] - alpha * gaussian.mean)
+        assert torch.allclose(model.score(x, t)[i], exact, rtol=1e-10)
+    if covariance == "full":
+        assert torch.allclose(C, torch.cov(data.T, correction=0), rtol=1e-10, atol=1e-12)
+
+
+def test_a_constant_pixel_keeps_the_score_finite():
+    data = torch.cat([normal((300, 2), generator(0, "c"), torch.float64), torch.zeros(300, 1, dtype=torch.float64)], 1)
+    model = ScoreModel(randomise(MLP((3,)), 0), VP(), Residual(), fit_gaussian(data, "full")).double()
+    x, t = batch((3,))
+    assert model.score(x, t).isfinite().all()
+
+
+def test_conversions_of_fields_agree_with_tweedie():
+    model = model_of(NETWORKS["mlp"], Residual("isotropic"), (3,))
+    x, t = batch((3,))
+    found = model.fields(x, t, {"score", "eps", "x0", "velocity"})
+    sigma, alpha = model.sde.sigma(t)[:, None], model.sde.alpha(t)[:, None]
+    assert torch.allclose(alpha * found["x0"] + sigma * found["eps"], x)
+    assert torch.allclose(found["eps"], -sigma * found["score"])
+    assert torch.allclose(found["velocity"], model.sde.velocity(x, t, found["score"]))
+
+
+def test_linear_excess_has_mean_zero_and_is_the_known_part():
+    model = ScoreModel(Zero(), VP(), Residual(), Gaussian(torch.zeros(3), torch.tensor([0.2, 1.0, 3.0]), torch.eye(3))).double()
+    x, t = batch((3,))
+    v = normal((4, *x.shape), generator(0, "v"), torch.float64)
+    _, projected = divergence.score_and_projections(model, x, t, v)
+    _, trace = divergence.score_and_trace(model, x, t)
+    assert torch.allclose(projected + model.linear_excess(x, t, v), trace.expand(4, -1), rtol=1e-10)
+
+
+def test_auto_covariance_is_full_for_many_dimensions_and_enough_data():
+    few, many = normal((100, 16), generator(0, "f")), normal((200, 16), generator(0, "f"))
+    assert fit_gaussian(few, "auto").basis is None
+    assert fit_gaussian(many, "auto").basis is not None
+    assert fit_gaussian(many[:, :8], "auto").basis is None

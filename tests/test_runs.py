@@ -1,0 +1,327 @@
+"""Run directories: readable, locked, true, and harmless in the hands of a stranger."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from scoresde_cli import load_run
+from scoresde_cli.errors import ScoreSDEError, Unreadable
+from scoresde_cli.runs import RunDir
+from scoresde_cli.training.state import checkpoints
+from tests.conftest import NO_FIGURES, SMALL
+
+READERS = {
+    "sample": lambda run: ["sample", f"run={run}", "n=5"],
+    "evaluate": lambda run: ["evaluate", f"run={run}", "n=50"],
+    "rerun": lambda run: ["rerun", f"run={run}"],
+    "resume": lambda run: ["train", f"resume={run}", "steps=70"],
+}
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_the_directory_holds_what_the_contract_says(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {"run.json", "config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "samples.npz", "figures"} <= names
+    assert {p.name for p in (trained / "figures").iterdir()} == {"samples.png", "loss.png", "field.png"}
+    facts = json.loads((trained / "run.json").read_text())
+    assert facts["status"] == "finished"
+    assert {"command", "versions", "git", "seed", "device", "started", "ended", "id"} <= facts.keys()
+    summary = json.loads((trained / "summary.json").read_text())
+    for name in ("score_error", "sliced_wasserstein", "energy_distance", "loss", "loss_baseline", "train_seconds", "peak_memory_mb"):
+        assert {"value", "ci", "floor", "floor_high", "unit", "protocol"} == summary[name].keys()
+    assert "${" not in (trained / "config.yaml").read_text()
+
+
+def test_a_run_answers_in_python(trained):
+    run = load_run(trained)
+    x = np.random.default_rng(0).normal(size=(6, 2))
+    s = run.score(x, 0.3)
+    assert s.shape == (6, 2)
+    assert np.isfinite(s).all()
+    assert np.array_equal(run.sample(5, seed=3), run.sample(9, seed=3)[:5])
+    assert run.log_prob(x).shape == (6,)
+    with pytest.raises(ScoreSDEError, match="expected a time"):
+        run.score(x, 7)
+    with pytest.raises(ScoreSDEError, match=r"expected \(n, 2\)"):
+        run.score(x[:, :1], 0.3)
+    assert run.summary["score_error"]["value"] > 0
+    assert run.config["loss"]["_target_"].endswith("SSM")
+
+
+def test_score_is_the_gradient_of_the_log_density_in_the_users_units(tmp_path, cli):
+    """A table in odd units, a linear flow (untrained network): grad log p by differences against .score at t_min."""
+    rng = np.random.default_rng(0)
+    pd.DataFrame({"a": rng.normal(100, 30, 200), "b": rng.normal(0, 0.01, 200)}).to_csv(tmp_path / "t.csv", index=False)
+    code, _, err = cli(
+        "train", "data=table", "data.path=t.csv", "dir=run", "steps=1", "optimizer.lr=1e-30", "precision=fp64", "eval.n=30",
+        *NO_FIGURES, "tracker.mode=disabled",
+    )  # fmt: skip
+    assert code == 0, err
+    run = load_run(tmp_path / "run")
+    x, h = np.array([[90.0, 0.003]]), np.array([0.3, 1e-4])
+    gradient = [
+        (run.log_prob(x + h * e)[0] - run.log_prob(x - h * e)[0]) / (2 * (h * e).sum()) for e in np.eye(2)
+    ]
+    assert run.score(x, 1e-3)[0] == pytest.approx(gradient, rel=1e-3)
+
+
+def test_samples_come_in_the_users_units_and_names(tmp_path, cli):
+    rng = np.random.default_rng(0)
+    pd.DataFrame({"big one": rng.normal(1000, 50, 300), "small": rng.normal(0, 0.01, 300)}).to_csv(tmp_path / "t.csv", index=False)
+    small = [a for a in SMALL if not a.startswith("data.n")]
+    code, _, err = cli("train", "data=table", "data.path=t.csv", "dir=run", *small)
+    assert code == 0, err
+    assert (tmp_path / "run/figures/samples.png").exists()
+    os.remove(tmp_path / "t.csv")  # sampling does not need the data
+    for out in ("s.csv", "s.parquet"):
+        assert cli("sample", "run=run", "n=400", f"out={out}")[0] == 0
+    a, b = pd.read_csv(tmp_path / "s.csv"), pd.read_parquet(tmp_path / "s.parquet")
+    assert list(a.columns) == ["big one", "small"]
+    assert np.allclose(a, b)
+    assert abs(a["big one"].mean() - 1000) < 20
+    assert a["small"].abs().max() < 0.1
+    stored = np.load(tmp_path / "run/samples.npz")
+    assert list(stored["columns"]) == ["big one", "small"]
+    code, _, err = cli("evaluate", "run=run", "n=30")
+    assert code == 2
+    assert "t.csv" in err
+
+
+def test_nothing_is_overwritten(copy, cli):
+    assert cli("sample", f"run={copy}", "n=5", "out=s.npz")[0] == 0
+    code, _, err = cli("sample", f"run={copy}", "n=6", "out=s.npz")
+    assert code == 2
+    assert "exists already" in err
+    assert len(np.load("s.npz")["x"]) == 5
+    assert cli("sample", f"run={copy}", "n=6", "out=s.npz", "overwrite=true")[0] == 0
+    code, _, err = cli("train", f"dir={copy}", *SMALL)
+    assert code == 2
+    assert "not empty" in err
+
+
+def test_evaluations_are_kept_beside_each_other(copy, cli):
+    for n in (60, 70):
+        code, _, err = cli("evaluate", f"run={copy}", f"n={n}")
+        assert code == 0, err
+    kept = json.loads((copy / "evaluation.json").read_text())
+    assert [e["summary"]["sliced_wasserstein"]["protocol"]["n"] for e in kept] == [60, 70]
+
+
+def test_checkpoints_can_be_chosen(copy, cli):
+    assert cli("sample", f"run={copy}", "n=5", "checkpoint=best", "out=a.npz")[0] == 0
+    assert cli("sample", f"run={copy}", "n=5", "checkpoint=40", "out=b.npz")[0] == 0
+    code, _, err = cli("sample", f"run={copy}", "n=5", "checkpoint=17", "out=c.npz")
+    assert code == 2
+    assert "40, 60" in err
+
+
+def edit_config(run, change):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    change(config)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+FOREIGN = {
+    "a foreign class": lambda c: c["network"].update(_target_="evil.Network"),
+    "a function of the system": lambda c: c["sde"].update(_target_="os.system"),
+    "through one of our modules": lambda c: c["sde"].update(_target_="scoresde_cli.runs.subprocess.Popen"),
+    "nested": lambda c: c["loss"]["projection"].update(_target_="evil.Law"),
+    "inside a list": lambda c: c["tracker"].update(tags=[{"_target_": "evil.Tag"}]),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_strangers_config_runs_no_code(kind, reader, copy, cli, monkeypatch):
+    evil = "from pathlib import Path\nPath('owned').touch()\nclass Network: pass\nclass Law: pass\nclass Tag: pass\n"
+    (copy.parent / "evil.py").write_text(evil)
+    edit_config(copy, FOREIGN[kind])
+    code, _, err = cli(*READERS[reader](copy))
+    assert code in (2, 4)
+    assert len(err.strip().splitlines()) == 1
+    assert "was not run" in err
+    assert "trust=true" in err
+    assert not (copy.parent / "owned").exists()
+    with pytest.raises(ScoreSDEError, match="was not run"):
+        load_run(copy)
+
+
+def test_trust_allows_a_class_of_ones_own(tmp_path, cli):
+    (tmp_path / "mine.py").write_text(
+        "from scoresde_cli.projections import Rademacher\nclass Law(Rademacher):\n    '''My own law.'''\n"
+    )
+    code, _, err = cli("train", "loss=ssm", "projection._target_=mine.Law", "dir=run", *SMALL, *NO_FIGURES)
+    assert code == 0, err
+    code, _, err = cli("sample", "run=run", "n=5", "out=a.npz")
+    assert code == 2
+    assert "mine.Law" in err
+    assert cli("sample", "run=run", "n=5", "out=a.npz", "trust=true")[0] == 0
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("key", ["_args_", "_partial_", "interpolation"])
+def test_other_ways_into_a_config_are_closed(key, reader, copy, cli):
+    if key == "interpolation":
+        edit_config(copy, lambda c: c["tracker"].update(project="${oc.env:HOME}"))
+    else:
+        edit_config(copy, lambda c: c["network"].update({key: [1]}))
+    code, _, err = cli(*READERS[reader](copy))
+    assert code in (2, 4)
+    assert len(err.strip().splitlines()) == 1
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch owned",))
+
+
+@pytest.mark.parametrize("reader", [r for r in READERS if r != "rerun"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors"])
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_malicious_pickle_is_refused(file, how, reader, copy, cli):
+    checkpoint = checkpoints(copy / "checkpoints")[-1]
+    if how == "pickle":
+        (checkpoint / file).write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save({"optimizer": Bomb()}, checkpoint / file)
+    facts = json.loads((checkpoint / "checkpoint.json").read_text())
+    facts["sha256"][file] = hashlib.sha256((checkpoint / file).read_bytes()).hexdigest()
+    (checkpoint / "checkpoint.json").write_text(json.dumps(facts))
+    code, _, err = cli(*READERS[reader](copy))
+    assert code == 4
+    assert len(err.strip().splitlines()) == 1
+    assert "step-0000040" in err  # the older one that would serve
+    assert not os.path.exists("owned")
+    with pytest.raises(Unreadable):
+        load_run(copy)
+
+
+@pytest.mark.parametrize("reader", [r for r in READERS if r != "rerun"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "version", "not json", "path", "other network"])
+def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, reader, copy, cli):
+    checkpoint = checkpoints(copy / "checkpoints")[-1]
+    weights, facts = checkpoint / "ema.safetensors", checkpoint / "checkpoint.json"
+    content = bytearray(weights.read_bytes())
+    match damage:
+        case "flip":
+            content[len(content) // 2] ^= 1
+            weights.write_bytes(content)
+        case "truncate":
+            weights.write_bytes(content[:100])
+        case "remove":
+            weights.unlink()
+        case "version":
+            facts.write_text(facts.read_text().replace('"format": 1', '"format": 99'))
+        case "not json":
+            facts.write_text("{")
+        case "path":
+            facts.write_text(facts.read_text().replace('"model.safetensors"', '"../../run.json"'))
+        case "other network":
+            for name in ("ema", "model"):
+                save_file({"mean": torch.zeros(3)}, checkpoint / f"{name}.safetensors")
+            found = json.loads(facts.read_text())
+            for name in ("ema", "model"):
+                digest = hashlib.sha256((checkpoint / f"{name}.safetensors").read_bytes()).hexdigest()
+                found["sha256"][f"{name}.safetensors"] = digest
+            facts.write_text(json.dumps(found))
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name not in ("lock", "run.json", "config.yaml")}
+    code, _, err = cli(*READERS[reader](copy))
+    assert code == 4
+    assert len(err.strip().splitlines()) == 1
+    assert all(p.read_bytes() == content for p, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda run: (run / "run.json").unlink(), "not a run directory"),
+        (lambda run: (run / "run.json").write_text("{"), "not readable"),
+        (lambda run: (run / "run.json").write_text("[1]"), "expected an object"),
+        (lambda run: (run / "run.json").write_text('{"format": 7}'), "format 7"),
+        (lambda run: (run / "config.yaml").unlink(), "config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("just text"), "config.yaml"),
+        (lambda run: shutil.rmtree(run), "no such directory"),
+    ],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_directory_that_is_no_run_is_refused_in_one_line(change, says, reader, copy, cli):
+    change(copy)
+    code, _, err = cli(*READERS[reader](copy))
+    assert code in (2, 4)
+    assert len(err.strip().splitlines()) == 1
+    assert says in err
+
+
+def test_damaged_units_are_refused(copy, cli):
+    (copy / "data.safetensors").write_bytes(b"nonsense")
+    code, _, err = cli("sample", f"run={copy}", "n=5")
+    assert code == 4
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_two_processes_cannot_work_on_one_run(copy, cli):
+    holder = (
+        "import sys, time\nfrom scoresde_cli.runs import RunDir\nwith RunDir(sys.argv[1]).lock():\n"
+        "    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(copy)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline().strip() == "held"
+        RunDir(copy).update(status="running")
+        assert RunDir(copy).status() == "running"
+        code, _, err = cli("train", f"resume={copy}", "steps=70")
+        assert code == 2
+        assert f"pid {process.pid}" in err
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert RunDir(copy).status() == "killed"
+
+
+def test_a_full_disk_loses_nothing(tmp_path, cli, monkeypatch):
+    """The disk fills while the second checkpoint is written: one line, the first one kept, no half of a checkpoint."""
+    from scoresde_cli.training import state
+
+    write, calls = state.write_durably, 0
+
+    def full(path, content):
+        nonlocal calls
+        calls += "checkpoints" in str(path)
+        if calls > 6:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(state, "write_durably", full)
+    code, _, err = cli("train", "dir=run", *SMALL, *NO_FIGURES)
+    assert code == 2
+    assert "No space left on device" in err.strip().splitlines()[-1]
+    assert [c.name for c in checkpoints(tmp_path / "run/checkpoints")] == ["step-0000020"]
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+    monkeypatch.setattr(state, "write_durably", write)
+    assert cli("train", "resume=run")[0] == 0
+
+
+def test_two_runs_in_one_second_get_two_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"seed": 0, "loss": {"_target_": "x"}}
+    runs = [RunDir.create(config, None) for _ in range(3)]
+    assert len({str(r.path) for r in runs}) == 3
