@@ -1,10 +1,12 @@
 """The command table and its dispatch. Nothing heavy is imported before the command is known to need it."""
 
+import contextlib
 import importlib
 import os
+import re
 import sys
 import traceback
-from pathlib import Path
+import warnings
 
 from scoresde_cli import __version__
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
@@ -19,12 +21,15 @@ COMMANDS: dict[str, tuple[str, bool]] = {
     "list": ("the options of a group, or of all; `list runs` shows the runs below this folder", False),
     "doctor": ("check this installation and this machine", False),
 }
+NO_MEMORY = "out of memory: a smaller batch_size, n, network or data set needs less"
 PATH_KEYS = ("run", "resume", "dir", "out", "data.path")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code (errors.py)."""
     arguments = sys.argv[1:] if argv is None else argv
+    if argv is None and not os.environ.get("SCORESDE_DEBUG"):
+        warnings.simplefilter("ignore")  # other libraries' remarks are not the user's; ours are lines of our own
     try:
         return dispatch(arguments)
     except ScoreSDEError as problem:
@@ -38,13 +43,23 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{problem.filename}: " if problem.filename else ""
         return fail(f"{where}{problem.strerror or one_line(problem)}", 2)
     except MemoryError:
-        return fail("out of memory: a smaller batch_size, eval.n or network needs less", 2)
-    except Exception as problem:  # what is left is a bug of ours: say so in a line, keep the traceback
-        return fail(f"internal error: {type(problem).__name__}: {one_line(problem)[:300]}{keep_traceback()}", 1)
+        return fail(NO_MEMORY, 2)
+    except RuntimeError as problem:
+        if "alloc" in str(problem).lower() or "out of memory" in str(problem).lower():
+            return fail(NO_MEMORY, 2)
+        return unexpected(problem)
+    except Exception as problem:
+        return unexpected(problem)
+
+
+def unexpected(problem: Exception) -> int:
+    """What is left is a bug of ours: say so in a line, keep the traceback."""
+    return fail(f"internal error: {type(problem).__name__}: {one_line(problem)[:300]}{keep_traceback()}", 1)
 
 
 def fail(message: str, code: int) -> int:
-    print(f"scoresde: {one_line(message)}", file=sys.stderr)
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # stderr may be closed
+        print(f"scoresde: {one_line(message)}", file=sys.stderr)
     return code
 
 
@@ -66,7 +81,9 @@ def dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         from scoresde_cli import pages
 
-        print(pages.overview(arguments[1]) if len(arguments) > 1 and arguments[1] in COMMANDS else pages.overview())
+        if len(arguments) > 1 and arguments[1] not in COMMANDS:
+            raise unknown_command(arguments[1])
+        print(pages.command(arguments[1]) if len(arguments) > 1 else pages.overview())
         return 0
     if arguments[0] in ("--version", "-V"):
         print(f"scoresde {__version__}")
@@ -77,17 +94,12 @@ def dispatch(arguments: list[str]) -> int:
         return completion.main(arguments)
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        hint = nearest(name, COMMANDS)
-        if "=" in name:
-            hint = f"; a command comes first: scoresde train {name}"
-        raise ScoreSDEError(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}{hint}")
+        raise unknown_command(name)
     if any(a in ("-h", "--help") for a in rest):
         from scoresde_cli import pages
 
         print(pages.command(name))
         return 0
-    if sys.path[0] != "":
-        sys.path.insert(0, "")  # a user's own classes in the current folder can be named by _target_
     # Waiting OpenMP threads sleep instead of spinning: two runs on one machine then do not slow each other 20 times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = f"scoresde_cli.commands.{name}"
@@ -95,7 +107,14 @@ def dispatch(arguments: list[str]) -> int:
         return importlib.import_module(module).main(rest)
     from scoresde_cli import hydra_app
 
-    return hydra_app.run(name, module, [quote(a) for a in positional(name, rest)])
+    return hydra_app.run(
+        name, module, [quote(a, sweep="-m" in rest or "--multirun" in rest) for a in positional(name, rest)]
+    )
+
+
+def unknown_command(name: str) -> ScoreSDEError:
+    hint = f"; a command comes first: scoresde train {name}" if "=" in name else nearest(name, COMMANDS)
+    return ScoreSDEError(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}{hint}")
 
 
 def positional(name: str, rest: list[str]) -> list[str]:
@@ -105,13 +124,14 @@ def positional(name: str, rest: list[str]) -> list[str]:
     return rest
 
 
-def quote(argument: str) -> str:
-    """Quote the value of a path, so that Hydra's grammar does not read spaces, commas or brackets in it."""
+def quote(argument: str, sweep: bool = False) -> str:
+    """Quote the value of a path, so that Hydra's grammar reads nothing into it (a sweep's commas stay commas)."""
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in PATH_KEYS or not value or value[0] in "'\"" or value == "null":
         return argument
-    plain = all(c.isalnum() or c in "/._-:~@" for c in value)
-    if plain or (not Path(value).exists() and "," in value):
+    if all(c.isascii() and (c.isalnum() or c in "/._-") for c in value) or (sweep and "," in value):
         return argument
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    # In Hydra's quotes a backslash is itself, unless a quote follows; an interpolation is one even there.
+    escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value).replace("${", "\\${")
+    tail = len(escaped) - len(escaped.rstrip("\\"))
+    return f"{key}='{escaped}{escaped[len(escaped) - tail :]}'"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,7 +14,7 @@ from torch import nn
 
 from scoresde_cli import projections
 from scoresde_cli.checks import check_call
-from scoresde_cli.datasets.base import Dataset, Units
+from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
 from scoresde_cli.losses.base import Loss, Times
 from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
@@ -23,8 +25,13 @@ from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training.optimizer import Adam
 
+PathText = Annotated[str, Field(min_length=1)]
 Precision = Literal["fp32", "fp64"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64}
+BASES: dict[str, type] = {
+    "data": Dataset, "sde": SDE, "network": nn.Module, "parameterisation": Parameterisation, "loss": Loss,
+    "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler,
+}  # fmt: skip
 PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")
 
 
@@ -40,7 +47,7 @@ class CheckpointKeys:
 class EvalKeys:
     """The keys under `eval`."""
 
-    n: Annotated[int, Field(ge=20)]
+    n: Annotated[int, Field(ge=20, le=10_000_000)]
     figures: bool
 
 
@@ -61,8 +68,8 @@ class Settings:
     log_every: PositiveInt
     checkpoint: dict[str, Any]
     eval: dict[str, Any]
-    dir: str | None = None
-    resume: str | None = None
+    dir: PathText | None = None
+    resume: PathText | None = None
     trust: bool = False
 
 
@@ -82,12 +89,17 @@ class Parts:
 
 
 def locate(target: object, where: str) -> Any:
-    """The class that a `_target_` names. Raises ScoreSDEError where there is none."""
+    """The class that a `_target_` names. Raises ScoreSDEError where there is none.
+
+    A class from outside this package may stand in the current folder, which is looked at last and for such a class only.
+    """
     if not isinstance(target, str) or "." not in target:
         raise ScoreSDEError(
             f"{where}._target_={target}: expected the dotted path of a class, as in package.module.Class"
         )
     module, _, name = target.rpartition(".")
+    if not module.startswith("scoresde_cli.") and "" not in sys.path:
+        sys.path.append("")
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as problem:
@@ -98,9 +110,20 @@ def locate(target: object, where: str) -> Any:
         raise ScoreSDEError(
             f"{where}._target_={target}: importing it failed, {type(problem).__name__}: {one_line(problem)[:200]}"
         ) from problem
+    except SystemExit:
+        raise ScoreSDEError(
+            f"{where}._target_={target}: importing {module} ends the program (it calls sys.exit)"
+        ) from None
     found = getattr(loaded, name, None)
-    if not isinstance(found, type):
+    if found is None:
         raise ScoreSDEError(f"{where}._target_={target}: no class {name!r} in {module}{nearest(name, vars(loaded))}")
+    base = BASES.get(where.split(".")[-1])
+    if not isinstance(found, type) or (base is not None and not issubclass(found, base)):
+        wanted = "a class" if base is None else f"a subclass of {base.__module__}.{base.__name__}"
+        raise ScoreSDEError(f"{where}._target_={target}: it is not {wanted}")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise ScoreSDEError(f"{where}._target_={target}: it leaves {missing} open, so no object can be made of it")
     return found
 
 
@@ -117,11 +140,23 @@ def build(node: Mapping[str, Any], where: str, **runtime: Any) -> Any:
             nested = isinstance(value, Mapping) and "_target_" in value
             given[name] = build(value, f"{where}.{name}") if nested else value
     check_call(cls, given, where, tuple(runtime))
-    return cls(**given, **runtime)
+    try:
+        return cls(**given, **runtime)
+    except (ScoreSDEError, OSError, MemoryError):
+        raise
+    except (Exception, SystemExit) as problem:
+        if "alloc" in str(problem).lower():
+            raise MemoryError from problem
+        raise ScoreSDEError(
+            f"{where}: {cls.__name__} cannot be made with these settings ({type(problem).__name__}: {one_line(problem)[:160]})"
+        ) from problem
 
 
 def settings(config: Mapping[str, Any]) -> Settings:
     """The checked top-level keys of a resolved config."""
+    for name in PARTS:
+        if not isinstance(config.get(name), Mapping):
+            raise ScoreSDEError(f"{name} is missing; `scoresde list {name}` shows what there is")
     given = {name: value for name, value in config.items() if name not in PARTS}
     fields = [f.name for f in dataclasses.fields(Settings)]
     for name in given:
@@ -235,8 +270,8 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
         raise ScoreSDEError(f"t_min={keys.t_min}: expected less than the process's T={sde.T}")
     optimizer: Adam = build(config["optimizer"], "optimizer")
     sampler: Sampler = build(config["sampler"], "sampler")
-    loss: Loss = build(config["loss"], "loss")
     build(config["projection"], "projection")
+    loss: Loss = build(config["loss"], "loss")
     if data is None:
         data = build(config["data"], "data")
     if gaussian is None:
@@ -246,13 +281,5 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     match(sde, loss, sampler, model)
     law = getattr(loss, "projection", None)
     if law is not None and type(law).__module__ != projections.__name__:
-        projections.check_law(law, int(torch.Size(data.shape).numel()), type(law).__name__)
+        projections.check_law(law, data.shape, keys.n_proj, keys.batch_size, dtype, type(law).__name__)
     return Parts(data, sde, model, loss, optimizer, sampler, keys, device, dtype)
-
-
-class Stored(Dataset):
-    """What a run remembers of its data: shape, names and units, so that it can sample without the data."""
-
-    def __init__(self, shape: tuple[int, ...], kind: Any, columns: list[str] | None, units: Units) -> None:
-        self.shape, self.kind, self.columns, self.units = shape, kind, columns, units
-        self.splits, self.facts = {}, {}

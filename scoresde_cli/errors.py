@@ -36,7 +36,7 @@ class Stopped(ScoreSDEError):
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given, [name for name in known if name != given], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

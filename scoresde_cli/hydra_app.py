@@ -1,6 +1,5 @@
 """A command as a Hydra app, with Hydra's errors turned into one line each."""
 
-import difflib
 import importlib
 import os
 import re
@@ -11,12 +10,20 @@ from typing import Any
 from scoresde_cli import configs
 from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
 
+# Hydra's flags that make sense here, and what a value behind each may be.
+FLAGS: dict[str, tuple[str, ...] | None] = {
+    "-m": (), "--multirun": (), "--resolve": (), "--hydra-help": (), "--cfg": ("job", "hydra", "all"),
+    "-c": ("job", "hydra", "all"), "--config-dir": None, "-cd": None,
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "-i": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}  # fmt: skip
+
 
 def run(name: str, module: str, arguments: list[str]) -> int:
     """Compose conf/NAME.yaml with the overrides and hand it to `task(config)` of the command's module."""
+    flags, overrides = sort_arguments(name, arguments)
+    check_overrides(name, overrides)
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     failures: list[Exception] = []
 
@@ -30,7 +37,7 @@ def run(name: str, module: str, arguments: list[str]) -> int:
             failures.append(problem)
 
     old_argv, old_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [old_argv[0], *arguments]
+    sys.argv = [old_argv[0], *flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
         with warnings.catch_warnings():
@@ -38,36 +45,96 @@ def run(name: str, module: str, arguments: list[str]) -> int:
             hydra.main(version_base="1.3", config_path=str(configs.conf_dir()), config_name=name)(task)()
     except KeyboardInterrupt as problem:
         raise (problem.__cause__ if isinstance(problem.__cause__, Stopped) else problem) from None
-    except (HydraException, OmegaConfBaseException) as problem:
-        raise translate(problem, name, arguments) from problem
-    except ValueError as problem:
-        if "can only be used" in str(problem) or "Only one of" in str(problem):
-            raise ScoreSDEError(one_line(problem)) from problem
-        raise
     except SystemExit as stop:
         if stop.code not in (0, None):
-            raise ScoreSDEError(
-                f"{name}: wrong flags in {' '.join(arguments)}; `scoresde {name} --help` shows what there is"
-            ) from None
-        return 0
+            raise ScoreSDEError(f"{name}: Hydra stopped with {stop.code} at {' '.join(arguments)}") from None
+    except OSError as problem:
+        if not type(problem).__module__.startswith("hydra"):
+            raise
+        raise translate(problem, name, overrides) from problem
+    except Exception as problem:  # the task's own are kept in `failures`: what comes here is about the command line
+        raise translate(problem, name, overrides) from problem
     finally:
         sys.argv = old_argv
         if old_full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+            os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = old_full
-    for problem in failures[:-1]:
-        print(f"scoresde: {one_line(problem)}", file=sys.stderr)
+    last = one_line(failures[-1]) if failures else ""
+    for line in dict.fromkeys(map(one_line, failures)):
+        if line != last:
+            print(f"scoresde: {line}", file=sys.stderr)
     if failures:
         raise failures[-1]
     return 0
 
 
-def translate(problem: Exception, name: str, arguments: list[str]) -> ScoreSDEError:
+def sort_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(flags with their values, overrides), whatever their order was. Raises ScoreSDEError for a flag that is none."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if flag not in FLAGS:
+            raise ScoreSDEError(
+                f"{name}: unknown flag {flag}; expected key=value or one of {', '.join(FLAGS)}{nearest(flag, FLAGS)}"
+            )
+        choices = FLAGS[flag]
+        flags.append(flag)
+        if choices == ():
+            continue
+        if not equals:
+            if not rest or (choices is not None and rest[0] not in choices):
+                given = f" {rest[0]}" if rest else ""
+                raise ScoreSDEError(
+                    f"{name}: {flag}{given}: expected {' or '.join(choices) if choices else 'a folder'} behind it"
+                )
+            value = rest.pop(0)
+        flags.append(value)
+    return flags, overrides
+
+
+def check_overrides(name: str, overrides: list[str]) -> None:
+    """What Hydra's own messages would not say well: nothing chosen for a group, or several values without -m."""
+    groups = configs.groups(name)
+    for override in overrides:
+        key, equals, value = override.lstrip("+~").partition("=")
+        if not key and equals:
+            raise ScoreSDEError(f"{override!r}: expected key=value")
+        if key in groups and (override.startswith("~") or value in ("null", "", "{}", "[]")):
+            raise ScoreSDEError(f"{override}: expected one of {', '.join(configs.options(key))}")
+
+
+def unreadable_override(overrides: list[str]) -> str | None:
+    """The first override that Hydra's grammar cannot read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            return override
+    return None
+
+
+def translate(problem: Exception, name: str, overrides: list[str]) -> ScoreSDEError:
     """What the user should read instead of Hydra's message."""
     text = str(problem)
-    known = configs.dotted_keys(name)
-    option = re.search(r"Could not find '([^/']+)/([^']*)'", text)
+    culprit = unreadable_override(overrides)
+    if culprit is not None:
+        if "=" not in culprit:
+            return ScoreSDEError(f"{culprit!r}: expected key=value{nearest(culprit, configs.dotted_keys(name))}")
+        return ScoreSDEError(
+            f"{culprit!r}: not readable as key=value; a value with odd characters goes in quotes: \"key='a b'\""
+        )
+    option = re.search(r"Could not find '([^/]+)/([^']*)'", text)
     if option:
         group, given = option.groups()
         choices = configs.options(group)
@@ -75,32 +142,33 @@ def translate(problem: Exception, name: str, arguments: list[str]) -> ScoreSDEEr
             return ScoreSDEError(
                 f"{group}={given}: no such option; expected one of {', '.join(choices)}{nearest(given, choices)}"
             )
-        return ScoreSDEError(f"unknown group {group}{nearest(group, known)}")
-    key = re.search(r"(?:Could not override|Key) '([^']+)'", text) or re.search(
-        r"Could not append to config.*'([^']+)'", text
-    )
-    if key and "no such" not in text.lower().split("key")[0]:
-        given = key.group(1)
-        if "already at" in text or "Could not append" in text:
-            return ScoreSDEError(f"{given} exists already: say {given}=... without the plus sign")
-        group = given.split(".")[0]
-        if group in configs.groups(name) and "." in given and configs.groups(name)[group] is None:
-            chosen = [a for a in arguments if a.startswith(f"{group}=")]
-            if not chosen:
-                return ScoreSDEError(
-                    f"{given}: choose the {group} first, as in {group}={configs.options(group)[0]} {given}=..."
-                )
-        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; `scoresde {name} --help` lists them"
-        return ScoreSDEError(f"unknown key {given!r} for `scoresde {name}`{hint}")
-    parse = re.search(
-        r"mismatched input|extraneous input|token recognition|no viable|missing EQUAL|LexerNoViable", text
-    )
-    if parse or "OverrideParse" in type(problem).__name__:
-        culprit = next((a for a in arguments if a in text), arguments[0] if arguments else "")
-        if "=" not in culprit:
-            return ScoreSDEError(f"{culprit!r}: expected key=value{nearest(culprit, known)}")
-        return ScoreSDEError(
-            f"{culprit!r}: not readable as key=value; put values with spaces or brackets in quotes: \"key='a b'\""
-        )
-    return ScoreSDEError(f"{one_line(text)[:300]}")
+        return ScoreSDEError(f"unknown group {group}{nearest(group, configs.dotted_keys(name))}")
+    several = re.search(r"Ambiguous value for argument '([^']*)'", text)
+    if several:
+        return ScoreSDEError(f"{several.group(1)}: several values make a sweep, which needs -m; a list is [a,b]")
+    known = re.search(r"Could not append to config. An item is already at '([^']+)'", text)
+    if known:
+        return ScoreSDEError(f"{known.group(1)} exists already: say {known.group(1)}=... without the plus sign")
+    key = re.search(r"(?:Could not override|Key) '([^']+)'", text) or re.search(r"'([^']+)' is not in struct", text)
+    if key:
+        return unknown_key(key.group(1), name, overrides)
+    return ScoreSDEError(one_line(text)[:300])
+
+
+def unknown_key(given: str, name: str, overrides: list[str]) -> ScoreSDEError:
+    """The nearest right key; for a key of a group, those of the option that is chosen."""
+    groups = configs.groups(name)
+    group = given.split(".")[0]
+    if group in groups and "." in given:
+        chosen = next((o.split("=")[1] for o in reversed(overrides) if o.startswith(f"{group}=")), groups[group])
+        if chosen is None:
+            return ScoreSDEError(
+                f"{given}: choose the {group} first, as in {group}={configs.options(group)[0]} {given}=..."
+            )
+        if chosen in configs.options(group):
+            found = configs.load(configs.conf_dir() / group / f"{chosen}.yaml")
+            keys = [f"{group}.{k}" for k in found if not k.startswith("_")]
+            shown = ", ".join(keys) or "no keys"
+            return ScoreSDEError(f"unknown key {given}: {group}={chosen} has {shown}{nearest(given, keys)}")
+    hint = nearest(given, configs.dotted_keys(name)) or f"; `scoresde {name} --help` lists them"
+    return ScoreSDEError(f"unknown key {given!r} for `scoresde {name}`{hint}")

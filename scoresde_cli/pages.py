@@ -48,10 +48,8 @@ EXAMPLES = {
 COMPLETION = 'eval "$(scoresde -sc install=bash)"'
 
 
-def overview(name: str | None = None) -> str:
+def overview() -> str:
     """`scoresde --help`."""
-    if name is not None:
-        return command(name)
     rows = "\n".join(f"  {n:<10} {summary}" for n, (summary, _) in COMMANDS.items())
     return f"""scoresde {__version__}: score-based generative models from the command line
 

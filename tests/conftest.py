@@ -10,12 +10,20 @@ os.environ.setdefault("WANDB_MODE", "offline")
 for key in ("WANDB_API_KEY", "SLURM_JOB_ID"):
     os.environ.pop(key, None)
 
-import torch
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SMALL = ["steps=60", "data.n=500", "eval.n=300", "log_every=10", "checkpoint.every=20", "tracker.mode=disabled", "device=cpu"]
+SMALL = [
+    "steps=60",
+    "data.n=500",
+    "eval.n=300",
+    "log_every=10",
+    "checkpoint.every=20",
+    "tracker.mode=disabled",
+    "device=cpu",
+]
 NO_FIGURES = ["eval.figures=false"]
 
 

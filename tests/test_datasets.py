@@ -124,7 +124,9 @@ def test_scaling_and_its_jacobian(tmp_path, scaling):
         assert torch.allclose(x.var(0, correction=0), torch.ones(3).double(), atol=1e-4)
     if scaling == "whiten":
         assert torch.allclose(torch.cov(x.T, correction=0), torch.eye(3).double(), atol=1e-4)
-    J = torch.autograd.functional.jacobian(lambda u: data.units.to_model(u[None])[0], torch.zeros(3, dtype=torch.float64))
+    J = torch.autograd.functional.jacobian(
+        lambda u: data.units.to_model(u[None])[0], torch.zeros(3, dtype=torch.float64)
+    )
     assert data.units.log_det() == pytest.approx(float(torch.linalg.slogdet(J)[1]), abs=1e-9)
 
 
@@ -169,8 +171,9 @@ def test_arrays_of_any_shape_are_data(tmp_path):
         ("a,b\n", Unreadable, "no rows"),
         ("a,b\n1,2\n", Unreadable, "1 row"),
         ("a,b\n" + "1,x\n" * 30, Unreadable, r"'b' does not hold numbers.*'x'.*data.columns=\[a\]"),
-        ("a,a\n" + "1,2\n" * 30, Unreadable, "constant|more than once"),
+        ("a,a\n" + "1,2\n" * 30, Unreadable, "more than once"),
         ("a,b\n" + "1,2\n" * 30, Unreadable, "constant"),
+        ("1,2\n" + "1,3\n" * 30, Unreadable, "first line holds numbers"),
         ("a,b\n" + "1,inf\n" * 30, Unreadable, "infinite"),
     ],
 )
@@ -182,13 +185,13 @@ def test_files_that_cannot_serve_are_refused(tmp_path, content, error, says):
 
 def test_objects_in_arrays_are_not_unpickled(tmp_path):
     np.save(tmp_path / "x.npy", np.array([{"a": 1}] * 30, dtype=object), allow_pickle=True)
-    with pytest.raises(Unreadable, match="not readable as npy"):
+    with pytest.raises(Unreadable, match="not an array of numbers"):
         Table(str(tmp_path / "x.npy"))
 
 
 def test_an_absent_file_names_the_nearest(tmp_path):
     frame().to_csv(tmp_path / "wine.csv", index=False)
-    with pytest.raises(ScoreSDEError, match="does not exist; did you mean 'wine.csv'"):
+    with pytest.raises(ScoreSDEError, match=r"does not exist; did you mean 'wine\.csv'"):
         Table(str(tmp_path / "wien.csv"))
 
 

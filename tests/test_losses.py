@@ -89,7 +89,9 @@ def test_gradient_is_unbiased_for_ism(make):
     along = [torch.randn(w.shape, generator=generator(3, "a", i), dtype=w.dtype) for i, w in enumerate(weights)]
 
     def slope(loss, i):
-        grads = torch.autograd.grad(loss(model, SDE, x0[i * 100 : i * 100 + 100], generator(i, "g")).mean(), weights, allow_unused=True)
+        grads = torch.autograd.grad(
+            loss(model, SDE, x0[i * 100 : i * 100 + 100], generator(i, "g")).mean(), weights, allow_unused=True
+        )
         return sum((g * a).sum() for g, a in zip(grads, along, strict=True) if g is not None)
 
     excess = torch.stack([slope(make(), i) - slope(ISM(), i) for i in range(40)])
@@ -135,7 +137,10 @@ def test_times_follow_their_law(law):
     t = draw_times(law, n, 1e-3, 1.0, generator(0, "t")).double()
     assert t.min() >= 1e-3
     assert t.max() <= 1
-    even, logs = t[: {"mixed": n // 2, "uniform": n, "log_uniform": 0}[law]], t[{"mixed": n // 2, "uniform": n}.get(law, 0) :]
+    even, logs = (
+        t[: {"mixed": n // 2, "uniform": n, "log_uniform": 0}[law]],
+        t[{"mixed": n // 2, "uniform": n}.get(law, 0) :],
+    )
     # Stratified: the empirical law is within one stratum of the true one everywhere.
     for part, u in ((even, (even - 1e-3) / 0.999), (logs, torch.log(logs / 1e-3) / math.log(1e3))):
         if len(part):

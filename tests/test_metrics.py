@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from scoresde_cli.datasets.oracle import Oracle
-from scoresde_cli.metrics.distances import RESAMPLES, compare, energy_copies, energy_distance, interval, resample, sliced_wasserstein
+from scoresde_cli.metrics.distances import (
+    RESAMPLES,
+    compare,
+    energy_copies,
+    energy_distance,
+    interval,
+    resample,
+    sliced_wasserstein,
+)
 from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.networks.model import ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual

@@ -41,7 +41,9 @@ PARAMETERISATIONS = [Residual("isotropic"), Residual("full"), Eps(), Raw(), X0()
 
 
 def model_of(make, parameterisation, shape, sde=None) -> ScoreModel:
-    data = normal((200, *shape), generator(0, "data"), torch.float64) @ torch.diag(torch.linspace(0.3, 2, shape[-1]).double())
+    data = normal((200, *shape), generator(0, "data"), torch.float64) @ torch.diag(
+        torch.linspace(0.3, 2, shape[-1]).double()
+    )
     gaussian = fit_gaussian(data + 0.5, parameterisation.covariance)
     return ScoreModel(randomise(make(shape), 1), sde or VP(), parameterisation, gaussian).double()
 
@@ -54,7 +56,10 @@ def batch(shape, n=3):
 def autograd_jacobian(model, x, t):
     d = x[0].numel()
     return torch.stack(
-        [torch.autograd.functional.jacobian(lambda y, i=i: model(y[None], t[i : i + 1])[0], x[i]).reshape(d, d) for i in range(len(x))]
+        [
+            torch.autograd.functional.jacobian(lambda y, i=i: model(y[None], t[i : i + 1])[0], x[i]).reshape(d, d)
+            for i in range(len(x))
+        ]
     )
 
 
@@ -87,7 +92,7 @@ def test_gradients_through_the_dual_pass_agree_with_double_reverse(make):
         return torch.autograd.grad(loss, weights, allow_unused=True)
 
     score, projected = divergence.score_and_projections(model, x, t, v)
-    forward = gradients((score.square().sum() + projected.sum()))
+    forward = gradients(score.square().sum() + projected.sum())
     y = x.clone().requires_grad_()
     score = model(y, t)
     reverse = sum((torch.autograd.grad((score * one).sum(), y, create_graph=True)[0] * one).sum() for one in v)
@@ -119,7 +124,11 @@ def test_zero_network_is_the_exact_score_of_gaussian_data(sde, covariance):
     gaussian = fit_gaussian(data, covariance)
     model = ScoreModel(Zero(), sde, Residual(), gaussian).double()
     x, t = batch((3,))
-    C = torch.diag(gaussian.lam) if gaussian.basis is None else gaussian.basis @ torch.diag(gaussian.lam) @ gaussian.basis.T
+    C = (
+        torch.diag(gaussian.lam)
+        if gaussian.basis is None
+        else gaussian.basis @ torch.diag(gaussian.lam) @ gaussian.basis.T
+    )
     for i in range(len(x)):
         alpha, sigma = sde.alpha(t[i : i + 1]), sde.sigma(t[i : i + 1])
         cov = alpha**2 * C + sigma**2 * torch.eye(3, dtype=torch.float64)
@@ -147,7 +156,9 @@ def test_conversions_of_fields_agree_with_tweedie():
 
 
 def test_linear_excess_has_mean_zero_and_is_the_known_part():
-    model = ScoreModel(Zero(), VP(), Residual(), Gaussian(torch.zeros(3), torch.tensor([0.2, 1.0, 3.0]), torch.eye(3))).double()
+    model = ScoreModel(
+        Zero(), VP(), Residual(), Gaussian(torch.zeros(3), torch.tensor([0.2, 1.0, 3.0]), torch.eye(3))
+    ).double()
     x, t = batch((3,))
     v = normal((4, *x.shape), generator(0, "v"), torch.float64)
     _, projected = divergence.score_and_projections(model, x, t, v)

@@ -106,14 +106,18 @@ class Shifted(Projection):
 
 @pytest.mark.parametrize(
     ("law", "says"),
-    [(Unscaled(), r"scale the directions by 2\.4"), (Correlated(), "an entry is off by 0.6"), (Shifted(), "E\\[v\\] = 0")],
+    [
+        (Unscaled(), r"scale the directions by 2\.4"),
+        (Correlated(), "an entry is off by 0.6"),
+        (Shifted(), "E\\[v\\] = 0"),
+    ],
 )
 def test_a_law_that_breaks_the_identity_is_refused_by_name(law, says):
     with pytest.raises(ScoreSDEError, match=says) as caught:
-        check_law(law, 6, "mine")
+        check_law(law, (6,), 2, 10, torch.float64, "mine")
     assert "mine" in str(caught.value)
 
 
 @pytest.mark.parametrize("law", PROJECTIONS, ids=name)
 def test_right_laws_pass_the_check(law):
-    check_law(law, 5, name(law))
+    check_law(law, (5,), 3, 10, torch.float32, name(law))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from scoresde_cli import load_run
 from scoresde_cli.errors import ScoreSDEError, Unreadable
-from scoresde_cli.runs import RunDir
+from scoresde_cli.rundir import RunDir
 from scoresde_cli.training.state import checkpoints
 from tests.conftest import NO_FIGURES, SMALL
 
@@ -37,13 +37,29 @@ def copy(trained, tmp_path):
 
 def test_the_directory_holds_what_the_contract_says(trained):
     names = {p.name for p in trained.iterdir()}
-    assert {"run.json", "config.yaml", "metrics.jsonl", "checkpoints", "summary.json", "samples.npz", "figures"} <= names
+    assert {
+        "run.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "summary.json",
+        "samples.npz",
+        "figures",
+    } <= names
     assert {p.name for p in (trained / "figures").iterdir()} == {"samples.png", "loss.png", "field.png"}
     facts = json.loads((trained / "run.json").read_text())
     assert facts["status"] == "finished"
     assert {"command", "versions", "git", "seed", "device", "started", "ended", "id"} <= facts.keys()
     summary = json.loads((trained / "summary.json").read_text())
-    for name in ("score_error", "sliced_wasserstein", "energy_distance", "loss", "loss_baseline", "train_seconds", "peak_memory_mb"):
+    for name in (
+        "score_error",
+        "sliced_wasserstein",
+        "energy_distance",
+        "loss",
+        "loss_baseline",
+        "train_seconds",
+        "peak_memory_mb",
+    ):
         assert {"value", "ci", "floor", "floor_high", "unit", "protocol"} == summary[name].keys()
     assert "${" not in (trained / "config.yaml").read_text()
 
@@ -75,15 +91,15 @@ def test_score_is_the_gradient_of_the_log_density_in_the_users_units(tmp_path, c
     assert code == 0, err
     run = load_run(tmp_path / "run")
     x, h = np.array([[90.0, 0.003]]), np.array([0.3, 1e-4])
-    gradient = [
-        (run.log_prob(x + h * e)[0] - run.log_prob(x - h * e)[0]) / (2 * (h * e).sum()) for e in np.eye(2)
-    ]
+    gradient = [(run.log_prob(x + h * e)[0] - run.log_prob(x - h * e)[0]) / (2 * (h * e).sum()) for e in np.eye(2)]
     assert run.score(x, 1e-3)[0] == pytest.approx(gradient, rel=1e-3)
 
 
 def test_samples_come_in_the_users_units_and_names(tmp_path, cli):
     rng = np.random.default_rng(0)
-    pd.DataFrame({"big one": rng.normal(1000, 50, 300), "small": rng.normal(0, 0.01, 300)}).to_csv(tmp_path / "t.csv", index=False)
+    pd.DataFrame({"big one": rng.normal(1000, 50, 300), "small": rng.normal(0, 0.01, 300)}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
     small = [a for a in SMALL if not a.startswith("data.n")]
     code, _, err = cli("train", "data=table", "data.path=t.csv", "dir=run", *small)
     assert code == 0, err
@@ -140,7 +156,7 @@ def edit_config(run, change):
 FOREIGN = {
     "a foreign class": lambda c: c["network"].update(_target_="evil.Network"),
     "a function of the system": lambda c: c["sde"].update(_target_="os.system"),
-    "through one of our modules": lambda c: c["sde"].update(_target_="scoresde_cli.runs.subprocess.Popen"),
+    "through one of our modules": lambda c: c["sde"].update(_target_="scoresde_cli.rundir.subprocess.Popen"),
     "nested": lambda c: c["loss"]["projection"].update(_target_="evil.Law"),
     "inside a list": lambda c: c["tracker"].update(tags=[{"_target_": "evil.Tag"}]),
 }
@@ -163,14 +179,14 @@ def test_a_strangers_config_runs_no_code(kind, reader, copy, cli, monkeypatch):
 
 
 def test_trust_allows_a_class_of_ones_own(tmp_path, cli):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "mine_law.py").write_text(
         "from scoresde_cli.projections import Rademacher\nclass Law(Rademacher):\n    '''My own law.'''\n"
     )
-    code, _, err = cli("train", "loss=ssm", "projection._target_=mine.Law", "dir=run", *SMALL, *NO_FIGURES)
+    code, _, err = cli("train", "loss=ssm", "projection._target_=mine_law.Law", "dir=run", *SMALL, *NO_FIGURES)
     assert code == 0, err
     code, _, err = cli("sample", "run=run", "n=5", "out=a.npz")
     assert code == 2
-    assert "mine.Law" in err
+    assert "mine_law.Law" in err
     assert cli("sample", "run=run", "n=5", "out=a.npz", "trust=true")[0] == 0
 
 
@@ -240,7 +256,9 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, reader, copy, cl
                 digest = hashlib.sha256((checkpoint / f"{name}.safetensors").read_bytes()).hexdigest()
                 found["sha256"][f"{name}.safetensors"] = digest
             facts.write_text(json.dumps(found))
-    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name not in ("lock", "run.json", "config.yaml")}
+    before = {
+        p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name not in ("lock", "run.json", "config.yaml")
+    }
     code, _, err = cli(*READERS[reader](copy))
     assert code == 4
     assert len(err.strip().splitlines()) == 1
@@ -257,6 +275,10 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, reader, copy, cl
         (lambda run: (run / "config.yaml").unlink(), "config.yaml"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml"),
         (lambda run: (run / "config.yaml").write_text("just text"), "config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("a: &a {b: *a}"), "config.yaml"),
+        (lambda run: edit_config(run, lambda c: c.pop("loss")), "loss is missing"),
+        (lambda run: edit_config(run, lambda c: c["sde"].update(_target_=["a"])), "was not run"),
+        (lambda run: RunDir(run).update(status=None), "damaged"),
         (lambda run: shutil.rmtree(run), "no such directory"),
     ],
 )
@@ -269,6 +291,97 @@ def test_a_directory_that_is_no_run_is_refused_in_one_line(change, says, reader,
     assert says in err
 
 
+def seal(checkpoint, name):
+    """Make a checkpoint's checksum fit an altered file, as a stranger would."""
+    facts = json.loads((checkpoint / "checkpoint.json").read_text())
+    facts["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    (checkpoint / "checkpoint.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("how", ["moments of another shape", "no moments", "other groups"])
+def test_an_optimizer_of_another_network_is_refused_before_anything_is_written(how, copy, cli):
+    """torch's fused Adam would read past the end of moments that are too short."""
+    checkpoint = checkpoints(copy / "checkpoints")[-1]
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    match how:
+        case "moments of another shape":
+            for one in stored["optimizer"]["state"].values():
+                one["exp_avg"] = torch.zeros(3)
+        case "no moments":
+            stored = {"a": 1}
+        case "other groups":
+            stored["optimizer"]["param_groups"][0]["params"].pop()
+    torch.save(stored, checkpoint / "optimizer.pt")
+    seal(checkpoint, "optimizer.pt")
+    before = {n: (copy / n).read_bytes() for n in ("run.json", "config.yaml")}
+    code, _, err = cli("train", f"resume={copy}", "steps=70")
+    assert code == 4
+    assert "optimizer.pt" in err
+    assert {n: (copy / n).read_bytes() for n in before} == before
+
+
+@pytest.mark.parametrize("reader", [r for r in READERS if r != "rerun"])
+def test_weights_that_are_not_numbers_are_refused(reader, copy, cli):
+    from safetensors.torch import load_file
+
+    checkpoint = checkpoints(copy / "checkpoints")[-1]
+    weights = {k: v * float("nan") for k, v in load_file(checkpoint / "ema.safetensors").items()}
+    save_file(weights, checkpoint / "ema.safetensors")
+    seal(checkpoint, "ema.safetensors")
+    code, _, err = cli(*READERS[reader](copy))
+    assert code == 4
+    assert "not finite" in err
+
+
+def test_an_altered_network_is_refused_and_nothing_is_written(copy, cli):
+    edit_config(copy, lambda c: c["network"].update(width=64))
+    before = {n: (copy / n).read_bytes() for n in ("run.json", "config.yaml")}
+    for reader in ("sample", "evaluate", "resume"):
+        code, _, err = cli(*READERS[reader](copy))
+        assert code == 4
+        assert "does not fit" in err
+    assert {n: (copy / n).read_bytes() for n in before} == before
+
+
+def test_resume_takes_no_other_setting_in_any_spelling(copy, cli):
+    for override in ("~steps", "++optimizer.lr=1", "tracker=wandb", "seed=3"):
+        code, _, err = cli("train", f"resume={copy}", override)
+        assert code == 2, override
+        assert override in err
+    assert cli("train", f"resume={copy}", "tracker.mode=foo")[0] == 2
+    code, out, _ = cli("train", f"resume={copy}", "++steps=61")
+    assert code == 0
+    assert "step 60" in out
+
+
+def test_data_that_changed_since_is_said(tmp_path, cli):
+    rows = np.random.default_rng(0).normal(size=(200, 3))
+    pd.DataFrame(rows[:, :2], columns=["a", "b"]).to_csv(tmp_path / "t.csv", index=False)
+    small = [a for a in SMALL if not a.startswith("data.n")]
+    assert cli("train", "data=table", "data.path=t.csv", "dir=run", *small, *NO_FIGURES, "eval.n=30")[0] == 0
+    pd.DataFrame(rows[:, :2] + 1, columns=["a", "b"]).to_csv(tmp_path / "t.csv", index=False)
+    code, _, err = cli("evaluate", "run=run", "n=30")
+    assert code == 0
+    assert "has changed" in err
+    for argv in (["rerun", "run"], ["train", "resume=run", "steps=70"]):
+        code, _, err = cli(*argv)
+        assert code == 2
+        assert "data file" in err
+    pd.DataFrame(rows, columns=["a", "b", "c"]).to_csv(tmp_path / "t.csv", index=False)
+    code, _, err = cli("evaluate", "run=run", "n=30")
+    assert code == 4
+    assert "shape or columns" in err
+
+
+@pytest.mark.parametrize("content", ["garbage{", '{"a": 1}'])
+def test_a_foreign_evaluation_file_is_left_alone(content, copy, cli):
+    (copy / "evaluation.json").write_text(content)
+    code, _, err = cli("evaluate", f"run={copy}", "n=30")
+    assert code == 4
+    assert "evaluation.json" in err
+    assert (copy / "evaluation.json").read_text() == content
+
+
 def test_damaged_units_are_refused(copy, cli):
     (copy / "data.safetensors").write_bytes(b"nonsense")
     code, _, err = cli("sample", f"run={copy}", "n=5")
@@ -278,7 +391,7 @@ def test_damaged_units_are_refused(copy, cli):
 
 def test_two_processes_cannot_work_on_one_run(copy, cli):
     holder = (
-        "import sys, time\nfrom scoresde_cli.runs import RunDir\nwith RunDir(sys.argv[1]).lock():\n"
+        "import sys, time\nfrom scoresde_cli.rundir import RunDir\nwith RunDir(sys.argv[1]).lock():\n"
         "    print('held', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", holder, str(copy)], stdout=subprocess.PIPE, text=True)

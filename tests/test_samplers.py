@@ -1,5 +1,6 @@
 """Contract of every sampler: its order of convergence, the law it ends in, independence of the number of samples."""
 
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,9 @@ def gaussian_oracle(sde) -> Oracle:
     return Oracle(Mixture(torch.ones(1), torch.zeros(1, 2), torch.tensor([[0.25, 2.0]])), sde)
 
 
-@pytest.mark.parametrize(("make", "order", "nfe"), [s for s in SAMPLERS if s[1]], ids=lambda v: name(v) if isinstance(v, type) else None)
+@pytest.mark.parametrize(
+    ("make", "order", "nfe"), [s for s in SAMPLERS if s[1]], ids=lambda v: name(v) if isinstance(v, type) else None
+)
 def test_order_of_convergence_on_the_exact_flow(make, order, nfe):
     """The error at t_min against the closed-form flow map falls like steps^-order. Two-sided: measured within 0.15."""
     sde = VP(1.0, 6.0)
@@ -42,7 +45,7 @@ def test_order_of_convergence_on_the_exact_flow(make, order, nfe):
         exact = start * (var(t_min) / var(1.0)).sqrt()
         errors.append(float((found.x - exact).abs().mean()))
         assert found.nfe == nfe * steps
-    for a, b in zip(errors[:-1], errors[1:], strict=True):
+    for a, b in itertools.pairwise(errors):
         # The next term of the error expansion is 1/steps smaller: below 0.15 in the exponent at 80 steps.
         assert math.log2(a / b) == pytest.approx(order, abs=0.15)
 
@@ -56,7 +59,7 @@ def test_euler_maruyama_converges_weakly_at_order_one():
         # One step is x <- A x + b z: read A and b off the step itself, and push the variance through.
         var = sde.sigma(torch.tensor([1.0], dtype=torch.float64)).square().expand(2)
         times = sampler.grid(1.0)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in itertools.pairwise(times):
             x = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
             out = sampler.step(
                 lambda x, t, n: oracle.fields(x, t, {n})[n], sde, x, t.expand(2), s.expand(2), generator(0, "em")
@@ -78,7 +81,11 @@ def test_every_sampler_reaches_the_law_with_the_exact_score(sde, make, order, nf
     """Mean and second moments of 4096 samples against the mixture's, at fine steps: z-scores below 4.5 (5 of them)."""
     law, n = three_modes(), 4096
     # Euler's bias is of order 1/steps, and VE's noise wants even steps of t.
-    x = make(1500 if order == 1 else 400, 2.0 if isinstance(sde, VP) else 1.0, True, 1e-3).sample(Oracle(law, sde), sde, (2,), n, 1, dtype=torch.float64).x
+    x = (
+        make(1500 if order == 1 else 400, 2.0 if isinstance(sde, VP) else 1.0, True, 1e-3)
+        .sample(Oracle(law, sde), sde, (2,), n, 1, dtype=torch.float64)
+        .x
+    )
     true = law.sample(400_000, generator(5, "true"))
 
     def features(y):

@@ -111,14 +111,18 @@ class JumpDiffusion(SDE):
 def test_simulation_of_jumps_has_the_right_moments():
     """Variance (g^2 + lambda E A^2)/2 (1 - e^{-2t}) for the linear drift (Campbell's theorem)."""
     n = 40_000
-    x = JumpDiffusion().simulate(torch.ones(n, 1, dtype=torch.float64), torch.ones(n, dtype=torch.float64), 200, generator(0, "j"))
+    x = JumpDiffusion().simulate(
+        torch.ones(n, 1, dtype=torch.float64), torch.ones(n, dtype=torch.float64), 200, generator(0, "j")
+    )
     expected = (0.25 + 4 * 0.3) / 2 * (1 - math.exp(-2))
     assert abs(float(x.mean()) - math.exp(-1)) < 4 * math.sqrt(expected / n) + 2 / 200
     assert abs(float(x.var()) / expected - 1) < 0.04  # 4 standard errors of a variance with this kurtosis, and the bias
 
 
 def test_a_process_without_kernel_perturbs_by_simulation():
-    noised = JumpDiffusion().perturb(torch.ones(5, 2, dtype=torch.float64), torch.full((5,), 0.3).double(), generator(0, "p"))
+    noised = JumpDiffusion().perturb(
+        torch.ones(5, 2, dtype=torch.float64), torch.full((5,), 0.3).double(), generator(0, "p")
+    )
     assert noised.x_t.shape == (5, 2)
     assert noised.eps is None
 

@@ -84,7 +84,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(moment, whole, tmp_
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert json.loads((run / "run.json").read_text())["status"] == "running"
-    from scoresde_cli.runs import RunDir
+    from scoresde_cli.rundir import RunDir
 
     assert RunDir(run).status() == "killed"
     code, _, err = cli("train", f"resume={run}")
@@ -149,7 +149,9 @@ def test_more_steps_go_on_in_the_same_directory(whole, tmp_path, cli):
 
 def test_divergence_has_its_own_code_and_keeps_the_last_good_checkpoint(tmp_path, cli):
     run = tmp_path / "run"
-    code, _, err = cli(*ARGUMENTS, f"dir={run}", "optimizer.lr=1e18", "optimizer.clip=null", "optimizer.warmup=0", "precision=fp32")
+    code, _, err = cli(
+        *ARGUMENTS, f"dir={run}", "optimizer.lr=1e18", "optimizer.clip=null", "optimizer.warmup=0", "precision=fp32"
+    )
     assert code == 3, err
     assert json.loads((run / "run.json").read_text())["status"] == "diverged"
     assert "checkpoint" in err
@@ -172,7 +174,7 @@ def test_rerun_gives_the_same_numbers(whole, tmp_path, cli):
     code, out, err = cli("rerun", str(whole), f"dir={tmp_path / 'again'}")
     assert code == 0, err
     assert same(weights(tmp_path / "again")[0], weights(whole)[0])
-    count = [line for line in out.splitlines() if "equal bit for bit" in line][0]
+    count = next(line for line in out.splitlines() if "equal bit for bit" in line)
     first, _, total = count.split()[:3]
     assert first == total
 

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
 
 def packages() -> str:
-    from scoresde_cli.runs import versions
+    from scoresde_cli.provenance import versions
 
     return ", ".join(f"{name} {number}" for name, number in versions().items())
 

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 
 def runs() -> int:
-    from scoresde_cli.runs import recent
+    from scoresde_cli.rundir import recent
     from scoresde_cli.tracking.console import note, number
 
     found = recent()

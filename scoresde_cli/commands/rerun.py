@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from scoresde_cli.checks import check_call
 from scoresde_cli.commands import train
 from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.runs import RunDir
+from scoresde_cli.rundir import RunDir
 from scoresde_cli.tracking import console
 
 MEASURED = ("train_seconds", "steps_per_second", "peak_memory_mb")
@@ -36,7 +36,7 @@ def task(config: DictConfig) -> int:
     before = first.summary()
     if not before:
         raise ScoreSDEError(f"run={keys['run']}: it has no summary.json to compare with (status {first.status()})")
-    second = train.fresh(again, [])
+    second = train.fresh(again, [], expected_data=first.facts()["data"])
     compare(before, second.summary(), keys["run"], str(second.path))
     return 0
 

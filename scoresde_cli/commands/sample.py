@@ -1,5 +1,6 @@
 """`scoresde sample`: draw samples from a run and write them in the user's units."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,8 @@ from scoresde_cli.checks import check_call
 from scoresde_cli.compose import build
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest
-from scoresde_cli.runs import Run, RunDir
+from scoresde_cli.rundir import RunDir
+from scoresde_cli.runs import Run
 from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.tracking import console
 
@@ -25,7 +27,7 @@ class Keys:
     """The keys of `sample`."""
 
     run: str
-    n: PositiveInt
+    n: Annotated[int, Field(ge=1, le=100_000_000)]
     seed: NonNegativeInt
     out: str | None
     checkpoint: Literal["last", "best"] | PositiveInt
@@ -41,12 +43,16 @@ def task(config: DictConfig) -> int:
     chosen = keys.pop("sampler", None)
     check_call(Keys, keys, "")
     out = None if keys["out"] is None else check_out(Path(keys["out"]).expanduser(), keys["overwrite"])
+    if out is not None:
+        check_folder(out)
     folder = RunDir.open(keys["run"])
     run = Run(folder, keys["trust"], keys["device"], keys["average"], keys["checkpoint"])
     sampler = pick_sampler(run, chosen, keys["t_min"])
     if out is None:
         name = f"{type(sampler).__name__}-{sampler.steps}-n{keys['n']}-seed{keys['seed']}.npz"
         out = check_out(run.path / "samples" / name, keys["overwrite"])
+        out.parent.mkdir(exist_ok=True)
+        check_folder(out)
     with console.counting("sampling", keys["n"]) as progress:
         samples = run.sample_model(keys["n"], keys["seed"], sampler, progress)
     write_samples(out, run.parts.data, samples.x.cpu(), keys["overwrite"])
@@ -77,9 +83,17 @@ def check_out(path: Path, overwrite: bool) -> Path:
         )
     if path.exists() and not overwrite:
         raise ScoreSDEError(f"{path} exists already; choose another out= or say overwrite=true")
-    if path.suffix.lower() != ".npz" and not path.parent.is_dir():
-        raise ScoreSDEError(f"out={path}: the folder {path.parent} does not exist")
     return path
+
+
+def check_folder(path: Path) -> None:
+    """Refuse, before any work, a file whose folder does not exist or cannot be written to."""
+    if not path.parent.is_dir():
+        raise ScoreSDEError(f"out={path}: the folder {path.parent} does not exist")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as problem:
+        raise ScoreSDEError(f"out={path}: the folder {path.parent} cannot be written to ({problem.strerror})") from None
 
 
 def write_samples(path: Path, data: Dataset, x: Tensor, overwrite: bool) -> None:

@@ -13,7 +13,8 @@ from scoresde_cli.commands.sample import write_samples
 from scoresde_cli.compose import Parts, advice, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.networks.model import ScoreModel
-from scoresde_cli.runs import RunDir, command_line, now
+from scoresde_cli.provenance import command_line, now
+from scoresde_cli.rundir import RunDir
 from scoresde_cli.tracking import console
 from scoresde_cli.tracking.base import Tracker
 from scoresde_cli.tracking.jsonl import JsonLines, read_rows
@@ -33,32 +34,44 @@ def task(config: DictConfig) -> int:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     overrides = list(hydra.overrides.task)
     if plain.get("resume") is not None:
+        if hydra.mode == RunMode.MULTIRUN:
+            raise ScoreSDEError(f"resume={plain['resume']}: one run cannot be gone on with by a sweep")
         return resume(plain, overrides)
     folder = hydra.runtime.output_dir if hydra.mode == RunMode.MULTIRUN else None
+    if folder is not None and plain.get("dir") is not None:
+        raise ScoreSDEError(
+            f"dir={plain['dir']}: the jobs of a sweep would share it; name the sweep's own by hydra.sweep.dir="
+        )
     fresh(plain, overrides, folder)
     return 0
 
 
-def fresh(config: dict[str, Any], overrides: list[str], folder: str | None = None) -> RunDir:
-    """Train in a new directory; the finished run."""
+def fresh(
+    config: dict[str, Any], overrides: list[str], folder: str | None = None, expected_data: dict[str, Any] | None = None
+) -> RunDir:
+    """Train in a new directory, on data with these facts where they are given; the finished run."""
+    if folder is None and isinstance(config.get("dir"), str):
+        RunDir.check_new(config["dir"])
     parts = compose(config)
+    if expected_data is not None and parts.data.facts.get("sha256") != expected_data.get("sha256"):
+        raise ScoreSDEError(f"{parts.data.facts.get('path')}: the data file is not the one that the run was trained on")
     tracker = build(config["tracker"], "tracker")
     say(parts, overrides)
     run = RunDir.create(config, folder or parts.settings.dir)
     with run.lock():
         run.begin(config, parts, command_line())
-        session(run, config, parts, tracker, None)
+        session(run, config, parts, tracker, prepare(parts, None))
     return run
 
 
 def resume(config: dict[str, Any], overrides: list[str]) -> int:
     """Go on with the run in `resume`, in the same directory, with the same config."""
     run = RunDir.open(str(config["resume"]), "resume")
-    foreign = [
-        o
-        for o in overrides
-        if (key := o.lstrip("+~").split("=")[0]) not in MAY_CHANGE and not key.startswith("tracker")
-    ]
+
+    def key_of(override: str) -> str:
+        return override.lstrip("+").split("=")[0]  # a deletion keeps its ~, and is foreign
+
+    foreign = [o for o in overrides if key_of(o) not in MAY_CHANGE and not key_of(o).startswith("tracker.")]
     if foreign:
         raise ScoreSDEError(
             f"resume keeps the run's own config: {', '.join(foreign)} cannot change; only steps, max_seconds and tracker.* can"
@@ -66,13 +79,13 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
     with run.lock():
         kept = run.config(bool(config["trust"]))
         was_finished = run.facts()["status"] == "finished"
-        for override in overrides:
-            key = override.split("=")[0]
+        for key in map(key_of, overrides):
             if key in ("steps", "max_seconds"):
                 kept[key] = config[key]
             elif key.startswith("tracker."):
-                kept["tracker"][key.split(".", 1)[1]] = config["tracker"][key.split(".", 1)[1]]
+                kept["tracker"][key.split(".", 1)[1]] = config["tracker"].get(key.split(".", 1)[1])
         parts = compose(kept)
+        tracker = build(kept["tracker"], "tracker")
         checkpoint = run.checkpoint(parts.device) if checkpoints(run.path / "checkpoints") else None
         done = 0 if checkpoint is None else int(checkpoint.facts["step"])
         if done > parts.settings.steps:
@@ -84,14 +97,14 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
             return 0
         if parts.data.facts.get("sha256") != run.facts()["data"].get("sha256"):
             raise ScoreSDEError(f"resume={run.path}: the data file has changed since the run began")
-        if any(o.startswith("steps=") for o in overrides) and parts.optimizer.schedule == "cosine":
+        state = prepare(parts, checkpoint)  # what does not fit is refused before anything is written
+        if "steps" in map(key_of, overrides) and parts.optimizer.schedule == "cosine":
             console.note("the cosine schedule now ends at the new number of steps")
-        tracker = build(kept["tracker"], "tracker")
         run.write_config(kept)
         sessions = [*run.facts()["sessions"], {"started": now(), "step": done, "command": command_line()}]
         run.update(status="running", sessions=sessions)
         console.note(f"going on with {run.path} at step {done}")
-        session(run, kept, parts, tracker, checkpoint)
+        session(run, kept, parts, tracker, state)
     return 0
 
 
@@ -110,13 +123,12 @@ def say(parts: Parts, overrides: list[str]) -> None:
         console.warn(line)
 
 
-def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, checkpoint: Any) -> None:
+def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, state: TrainState) -> None:
     """From here to the end of the run, whatever the end is; its status is on disk afterwards."""
     trackers: list[Tracker] = []
     code = 1
     with stop_requests() as stop:
         try:
-            state = prepare(run, parts, checkpoint)
             baseline = gaussian_loss(parts)
             trackers = [
                 JsonLines(run.path / "metrics.jsonl", state.step),
@@ -138,6 +150,12 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, c
             kept = checkpoints(run.path / "checkpoints")
             last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written before that"
             raise Diverged(f"{problem}; {last}; a smaller optimizer.lr or optimizer.clip may help") from None
+        except OSError as problem:
+            record_failure(run, problem)
+            where = f"{problem.filename}: " if problem.filename else ""
+            raise ScoreSDEError(
+                f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train resume={run.path}"
+            ) from problem
         except BaseException as problem:
             record_failure(run, problem)
             raise
@@ -151,7 +169,7 @@ def record_failure(run: RunDir, problem: BaseException) -> None:
         run.update(status="failed", ended=now(), error=f"{type(problem).__name__}: {problem}")
 
 
-def prepare(run: RunDir, parts: Parts, checkpoint: Any) -> TrainState:
+def prepare(parts: Parts, checkpoint: Any) -> TrainState:
     state = loop.start(plan_of(parts))
     if checkpoint is not None:
         checkpoint.restore(state)

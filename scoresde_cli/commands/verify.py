@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
@@ -22,7 +23,7 @@ class Keys:
 
     d: Annotated[int, Field(ge=2, le=256)]
     n_proj: PositiveInt
-    draws: Annotated[int, Field(ge=1000)]
+    draws: Annotated[int, Field(ge=1000, le=10_000_000)]
     seed: NonNegativeInt
 
 
@@ -38,7 +39,7 @@ def task(config: DictConfig) -> int:
         )
     field = identity.randomise(build(network, "network", shape=(d,)), keys["seed"])
     if law is not None:
-        laws = {locate(law["_target_"], "projection").__name__.lower(): build(law, "projection")}
+        laws = {locate(law["_target_"], "projection").__name__: build(law, "projection")}
     else:
         nodes = {
             o: configs.load(configs.conf_dir() / "projection" / f"{o}.yaml") for o in configs.options("projection")
@@ -51,7 +52,8 @@ def task(config: DictConfig) -> int:
     )
     failed = []
     for name, one in laws.items():
-        check_law(one, d, name)
+        for dtype in (torch.float32, torch.float64):  # training draws in one, these checks in the other
+            check_law(one, (d,), n, identity.POINTS, dtype, name)
         lines = identity.checks(field, one, d, n, keys["draws"], keys["seed"])
         show(name, lines)
         failed += [f"{name}: {line.name}" for line in lines if not line.good]

@@ -1,5 +1,6 @@
 """The user's own data: tables from CSV, Parquet, NPY and NPZ files."""
 
+import csv
 import hashlib
 from pathlib import Path
 from typing import Any, Literal
@@ -75,10 +76,16 @@ def read(file: Path, columns: list[str] | None, key: str | None) -> tuple[torch.
         if suffix in (".npy", ".npz"):
             return read_array(file, columns, key)
         if suffix in (".csv", ".tsv", ".txt", ".parquet", ".pq"):
+            if key is not None:
+                raise ScoreSDEError(f"data.key={key}: only an .npz file has arrays by name")
             return read_frame(file, columns)
     except ScoreSDEError:
         raise
+    except UnicodeDecodeError:
+        raise Unreadable(f"data.path={file}: not text in UTF-8; save it in that encoding") from None
     except Exception as problem:
+        if suffix in (".npy", ".npz") and "pickle" in str(problem):
+            raise Unreadable(f"data.path={file}: not an array of numbers (or not a NumPy file at all)") from problem
         raise Unreadable(f"data.path={file}: not readable as {suffix[1:]} ({one_line(problem)[:200]})") from problem
     raise ScoreSDEError(f"data.path={file}: expected a .csv, .tsv, .txt, .parquet, .npy or .npz file, got {suffix!r}")
 
@@ -126,17 +133,16 @@ def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, lis
     if file.suffix.lower() in (".parquet", ".pq"):
         frame = pd.read_parquet(file)
     else:
-        with file.open(encoding="utf-8-sig") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
             head = lines.readline()
-        frame = pd.read_csv(file, sep=max(SEPARATORS, key=head.count), encoding="utf-8-sig", skipinitialspace=True)
+        separator = max(SEPARATORS, key=head.count)
+        check_header(file, next(csv.reader([head], delimiter=separator), []))
+        frame = pd.read_csv(file, sep=separator, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
     names = [str(name).strip() for name in frame.columns]
     frame.columns = pd.Index(names)
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise Unreadable(f"data.path={file}: the column names {doubled} stand more than once")
     if columns is not None:
-        if not columns:
-            raise ScoreSDEError("data.columns=[]: expected at least one column")
+        if not columns or len(set(columns)) < len(columns):
+            raise ScoreSDEError(f"data.columns={columns}: expected at least one column, and each once")
         for name in columns:
             position(name, names, file)
         frame = frame[list(columns)]
@@ -150,6 +156,24 @@ def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, lis
         hint = f"; keep the others with data.columns=[{','.join(numeric)}]" if numeric else ""
         raise Unreadable(f"data.path={file}: column {text[0]!r} does not hold numbers{example}{hint}")
     return torch.from_numpy(frame.to_numpy(dtype=np.float64, na_value=np.nan).copy()), list(frame.columns)
+
+
+def check_header(file: Path, names: list[str]) -> None:
+    """The first line of a text file holds a name for each column, each once."""
+    names = [name.strip() for name in names]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise Unreadable(f"data.path={file}: the column names {doubled} stand more than once")
+
+    def numeric(name: str) -> bool:
+        try:
+            float(name)
+        except ValueError:
+            return False
+        return True
+
+    if names and all(map(numeric, names)):
+        raise Unreadable(f"data.path={file}: its first line holds numbers; put a line with the columns' names above it")
 
 
 def handle_missing(u: torch.Tensor, names: list[str] | None, missing: str, path: str) -> tuple[torch.Tensor, int]:

@@ -18,5 +18,5 @@ class ISM(Loss):
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        score, trace = divergence.score_and_trace(model, noised.x_t, t)  # type: ignore[arg-type]
+        score, trace = divergence.score_and_trace(model, noised.x_t, t)
         return score.square().flatten(1).sum(1) + 2.0 * trace

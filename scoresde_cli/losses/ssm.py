@@ -40,7 +40,7 @@ class SSM(Loss):
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
         v = self.directions(noised.x_t, generator)
-        score, projected = divergence.score_and_projections(model, noised.x_t, t, v)  # type: ignore[arg-type]
+        score, projected = divergence.score_and_projections(model, noised.x_t, t, v)
         return (divergence.inner(v, score, 2).square() + 2.0 * projected).mean(0)
 
     def reference(self, d: int) -> Loss:

@@ -25,10 +25,10 @@ class SSMVR(SSM):
     ) -> Tensor:
         x = noised.x_t
         if self.n_proj >= x[0].numel():
-            score, trace = divergence.score_and_trace(model, x, t)  # type: ignore[arg-type]
+            score, trace = divergence.score_and_trace(model, x, t)
         else:
             v = self.directions(x, generator)
-            score, projected = divergence.score_and_projections(model, x, t, v)  # type: ignore[arg-type]
+            score, projected = divergence.score_and_projections(model, x, t, v)
             if hasattr(model, "linear_excess"):
                 projected = projected + model.linear_excess(x, t, v)
             trace = projected.mean(0)

@@ -1,5 +1,7 @@
 """What a person sees: a live line on a terminal, plain lines at sensible intervals in a log file, a panel at the end."""
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +15,18 @@ from rich.table import Table
 from scoresde_cli.tracking.base import Tracker
 
 
+class Patient(Console):
+    """A console whose reader may leave (`| head`): what is written afterwards goes nowhere, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        stream = sys.stderr if self.stderr else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def console(stderr: bool = False) -> Console:
     """No markup, so that E[v] stays what it is; a log file gets room for the tables."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
+    made = Patient(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
     if not made.is_terminal:
         made.width = 120
     return made

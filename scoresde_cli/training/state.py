@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,20 @@ class Checkpoint:
                     raise Unreadable(f"checkpoint {folder}: it names a file outside itself ({name!r})")
                 if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
                     raise Unreadable(f"checkpoint {folder}: {name} is damaged (its checksum does not match)")
+            for name in COUNTERS:
+                if isinstance(facts[name], bool) or not isinstance(facts[name], int | float):
+                    raise Unreadable(f"checkpoint {folder}: {name} is {facts[name]!r}, expected a number")
             tensors = {
                 name: load_file(folder / f"{name}.safetensors", device=str(device))
                 for name in ("model", "ema")
                 if f"{name}.safetensors" in facts["sha256"]
             }
-            rest = torch.load(folder / "optimizer.pt", weights_only=True, map_location=device)
+            for name, found in tensors.items():
+                if not all(tensor.isfinite().all() for tensor in found.values()):
+                    raise Unreadable(f"checkpoint {folder}: {name}.safetensors holds values that are not finite")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's remarks on a foreign pickle, which is refused below
+                rest = torch.load(folder / "optimizer.pt", weights_only=True, map_location=device)
             return cls(facts, tensors["model"], tensors.get("ema"), rest)
         except Unreadable:
             raise
@@ -178,10 +187,31 @@ class Checkpoint:
         if state.average is not None and self.average is not None:
             load_weights(state.average.module, self.average)
             state.average.n_averaged.fill_(self.facts["step"])
+        self.check_moments(state)
         state.optimizer.load_state_dict(self.optimizer["optimizer"])
         state.loss_sum = self.optimizer["loss_sum"].to(state.loss_sum.device)
         for name in COUNTERS:
             setattr(state, name, self.facts[name])
+
+    def check_moments(self, state: TrainState) -> None:
+        """Refuse an optimiser's state that is not this network's: the fused kernels would read past its end."""
+        shapes = {
+            i: p.shape for i, p in enumerate(p for group in state.optimizer.param_groups for p in group["params"])
+        }
+        try:
+            moments = self.optimizer["optimizer"]["state"]
+            fits = moments.keys() <= shapes.keys() and all(
+                one[name].shape == shapes[i] and one[name].is_floating_point()
+                for i, one in moments.items()
+                for name in ("exp_avg", "exp_avg_sq")
+            )
+            groups = [len(group["params"]) for group in self.optimizer["optimizer"]["param_groups"]]
+            fits = fits and groups == [len(group["params"]) for group in state.optimizer.param_groups]
+            fits = fits and self.optimizer["loss_sum"].shape == ()
+        except (KeyError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            raise Unreadable("the checkpoint does not fit the run's network: optimizer.pt is another one's")
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,284 @@
+"""The run directory: created once, locked while in use, true about its status after any crash, readable by strangers.
+
+    run.json  config.yaml  data.safetensors  metrics.jsonl  checkpoints/step-N/  summary.json  samples.npz  figures/
+
+Reading a run executes nothing that stands in it: classes come from the shipped configs alone (unless `trust`), weights
+are safetensors, the optimiser's state is read with weights_only.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scoresde_cli import __version__
+from scoresde_cli.compose import Parts
+from scoresde_cli.configs import shipped_targets
+from scoresde_cli.errors import ScoreSDEError, Unreadable, one_line
+from scoresde_cli.networks.model import Gaussian
+from scoresde_cli.provenance import git_state, now, versions
+from scoresde_cli.stored import Stored, pack_data, unpack_data
+from scoresde_cli.training.state import Checkpoint, checkpoints, step_of, write_durably
+
+FORMAT = 1
+STATUSES = ("running", "finished", "preempted", "failed", "diverged")
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of the science in a config and its seed: what decides the numbers that come out."""
+    aside = ("dir", "resume", "trust", "tracker", "log_every", "checkpoint", "device", "eval")
+    science = {name: value for name, value in config.items() if name not in aside}
+    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def jsonable(value: Any) -> Any:
+    """Plain data with NaN and infinities as text, so that every line is JSON by the standard."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
+
+
+class RunDir:
+    """A run directory on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def check_new(cls, chosen: str) -> "RunDir":
+        """Raises ScoreSDEError where `chosen` is neither new nor an empty directory; creates nothing."""
+        path = Path(chosen).expanduser()
+        try:
+            if path.exists() and not path.is_dir():
+                raise ScoreSDEError(f"dir={chosen}: it is a file, expected a directory")
+            occupied = path.is_dir() and any(path.iterdir())
+        except OSError as problem:
+            raise ScoreSDEError(f"dir={chosen}: cannot be used ({problem.strerror})") from None
+        if occupied:
+            hint = f"go on with it by resume={chosen}, or choose" if (path / "run.json").exists() else "choose"
+            raise ScoreSDEError(f"dir={chosen}: the directory is not empty; {hint} another one")
+        return cls(path)
+
+    @classmethod
+    def create(cls, config: Mapping[str, Any], chosen: str | None) -> "RunDir":
+        """A new directory: `chosen` (new or empty), else outputs/DATE/TIME-HASH. Never reuses one that holds anything."""
+        if chosen is not None:
+            run = cls.check_new(chosen)
+            try:
+                run.path.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                raise ScoreSDEError(f"dir={chosen}: cannot be created ({problem.strerror})") from None
+            return run
+        stamp = datetime.now()
+        base = Path("outputs") / f"{stamp:%Y-%m-%d}" / f"{stamp:%H-%M-%S}-{identity(config)}"
+        try:
+            base.parent.mkdir(parents=True, exist_ok=True)
+            for i in range(1000):
+                path = base if i == 0 else base.with_name(f"{base.name}-{i}")
+                try:
+                    path.mkdir()
+                    return cls(path)
+                except FileExistsError:
+                    continue
+        except OSError as problem:
+            raise ScoreSDEError(
+                f"cannot create {base} ({problem.strerror}); choose a place that can be written to with dir=PATH"
+            ) from None
+        raise ScoreSDEError(f"a thousand runs named {base} exist already")
+
+    @classmethod
+    def open(cls, path: str | Path, key: str = "run") -> "RunDir":
+        """An existing run directory. Raises ScoreSDEError where it is none."""
+        run = cls(Path(path).expanduser())
+        if not str(path) or not run.path.is_dir():
+            what = "a file, expected a directory" if str(path) and run.path.is_file() else "no such directory"
+            raise ScoreSDEError(f"{key}={path}: {what}")
+        if not (run.path / "run.json").is_file():
+            inside = sorted(p.parent.name for p in run.path.glob("*/run.json"))
+            hint = f"; it holds runs: {', '.join(inside[:5])}" if inside else ""
+            raise ScoreSDEError(f"{key}={path}: not a run directory (it has no run.json){hint}")
+        facts = run.facts()
+        if facts.get("format") != FORMAT:
+            raise Unreadable(
+                f"{key}={path}: made by scoresde {facts.get('scoresde', '?')} in format {facts.get('format')}, "
+                f"this is scoresde {__version__}, which reads format {FORMAT}"
+            )
+        return run
+
+    def facts(self) -> dict[str, Any]:
+        """run.json."""
+        found = self._json("run.json")
+        if found.get("format") == FORMAT:
+            for name, kind in (("status", str), ("data", dict), ("sessions", list)):
+                if not isinstance(found.get(name), kind):
+                    raise Unreadable(f"{self.path / 'run.json'}: damaged ({name} is {found.get(name)!r})")
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json, empty where the run has not come so far."""
+        found = self._json("summary.json") if (self.path / "summary.json").exists() else {}
+        if not all(isinstance(entry, dict) and "value" in entry for entry in found.values()):
+            raise Unreadable(f"{self.path / 'summary.json'}: expected entries with a value each")
+        return found
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise Unreadable(f"{self.path / name}: not readable ({one_line(problem)[:120]})") from problem
+        if not isinstance(found, dict):
+            raise Unreadable(f"{self.path / name}: expected an object, found {type(found).__name__}")
+        return found
+
+    def write(self, name: str, data: Mapping[str, Any]) -> None:
+        """A JSON file, whole or not at all."""
+        write_durably(self.path / name, (json.dumps(jsonable(data), indent=1) + "\n").encode())
+
+    def update(self, **changes: Any) -> None:
+        """Change facts in run.json."""
+        self.write("run.json", {**self.facts(), **changes})
+
+    def status(self) -> str:
+        """What became of the run; a `running` that nobody holds the lock of is `killed`."""
+        status = str(self.facts().get("status"))
+        return "killed" if status == "running" and not self.locked() else status
+
+    def locked(self) -> bool:
+        """Whether a living process works on this run."""
+        try:
+            with (self.path / "lock").open("r") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the system lets go of it when the process ends, however it ends."""
+        try:
+            file = (self.path / "lock").open("a+")
+        except OSError as problem:
+            raise ScoreSDEError(f"{self.path}: cannot be written to ({problem.strerror})") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ScoreSDEError(f"{self.path}: another process works on this run ({file.read().strip()})") from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+    def begin(self, config: Mapping[str, Any], parts: Parts, command: list[str]) -> None:
+        """Write what identifies the run: config.yaml, the data's units, run.json."""
+        self.write_config(config)
+        write_durably(self.path / "data.safetensors", pack_data(parts.data, parts.model.gaussian))
+        (self.path / "figures").mkdir(exist_ok=True)
+        self.write(
+            "run.json",
+            {
+                "format": FORMAT, "id": identity(config), "scoresde": __version__, "command": command, "status": "running",
+                "seed": parts.settings.seed, "device": str(parts.device), "precision": parts.settings.precision,
+                "data": parts.data.facts, "started": now(), "sessions": [{"started": now(), "pid": os.getpid()}],
+                "versions": versions(), "git": git_state(), "host": socket.gethostname(), "threads": torch.get_num_threads(),
+            },
+        )  # fmt: skip
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """config.yaml, whole or not at all."""
+        import yaml
+
+        class Plain(yaml.SafeDumper):
+            def ignore_aliases(self, data: Any) -> bool:
+                return True
+
+        text = yaml.dump(dict(config), Dumper=Plain, sort_keys=False, allow_unicode=True)
+        write_durably(self.path / "config.yaml", text.encode())
+
+    def config(self, trust: bool) -> dict[str, Any]:
+        """config.yaml, checked: no class but the shipped ones unless `trust`, no interpolation."""
+        import yaml
+
+        try:
+            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+                raise ValueError("it holds aliases, which a run's config never does")
+            config = yaml.safe_load(text)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
+            raise Unreadable(f"{self.path / 'config.yaml'}: not readable ({one_line(problem)[:120]})") from problem
+        if not isinstance(config, dict):
+            raise Unreadable(f"{self.path / 'config.yaml'}: expected keys and values")
+        refuse_foreign(config, self.path / "config.yaml", "", trust)
+        return config
+
+    def checkpoint(self, device: str | torch.device = "cpu", which: str | int = "last") -> Checkpoint:
+        """A checkpoint, verified: `last`, `best` (least validation loss) or the one of a step."""
+        found = checkpoints(self.path / "checkpoints")
+        if which != "last" and found:
+            step = Checkpoint.read(found[-1], device).facts["best_step"] if which == "best" else which
+            chosen = [p for p in found if step_of(p) == step]
+            if not chosen:
+                raise ScoreSDEError(
+                    f"checkpoint={which}: {self.path} keeps those of steps {', '.join(str(step_of(p)) for p in found)}"
+                )
+            return Checkpoint.read(chosen[0], device)
+        if not found:
+            raise Unreadable(
+                f"run={self.path}: no checkpoint yet (status {self.status()}); go on with resume={self.path}"
+            )
+        try:
+            return Checkpoint.read(found[-1], device)
+        except Unreadable as problem:
+            older = (
+                f"; an older one is {found[-2].name}: move {found[-1].name} away to use it" if len(found) > 1 else ""
+            )
+            raise Unreadable(f"{problem}{older}") from problem
+
+    def stored_data(self) -> tuple[Stored, Gaussian]:
+        """Shape, names and units of the data, and its Gaussian part, without the data."""
+        return unpack_data(self.path / "data.safetensors")
+
+
+def refuse_foreign(node: Any, file: Path, where: str, trust: bool) -> None:
+    """Walk a stranger's config: raise at the first thing that could run code."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            name = f"{where}.{key}" if where else str(key)
+            if key == "_target_":
+                if not trust and (not isinstance(value, str) or value not in shipped_targets()):
+                    raise ScoreSDEError(
+                        f"{file}: {name}={value} is not a part of scoresde; it was not run "
+                        "(if you trust whoever made this run, say trust=true)"
+                    )
+            elif str(key).startswith("_"):
+                raise ScoreSDEError(f"{file}: the key {name} is not allowed in a run's config")
+            else:
+                refuse_foreign(value, file, name, trust)
+    elif isinstance(node, list):
+        for value in node:
+            refuse_foreign(value, file, where, trust)
+    elif isinstance(node, str) and "${" in node:
+        raise ScoreSDEError(f"{file}: {where} holds an interpolation, which a run's resolved config never does")
+
+
+def recent(roots: tuple[str, ...] = ("outputs", "multirun")) -> list[RunDir]:
+    """Run directories below the usual folders, oldest first."""
+    found = [RunDir(p.parent) for root in roots for p in Path(root).glob("*/*/run.json")]
+    found += [RunDir(p.parent) for p in Path("multirun").glob("*/*/*/run.json")]
+    return sorted(found, key=lambda run: str(run.path))

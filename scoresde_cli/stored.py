@@ -1,0 +1,55 @@
+"""What a run remembers of its data: shape, names, units and Gaussian part, in data.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from scoresde_cli.datasets.base import Dataset, Units
+from scoresde_cli.errors import Unreadable, one_line
+from scoresde_cli.networks.model import Gaussian
+
+
+class Stored(Dataset):
+    """A data set without its data: enough to sample and to give the samples their units."""
+
+    def __init__(self, shape: tuple[int, ...], kind: Any, columns: list[str] | None, units: Units) -> None:
+        self.shape, self.kind, self.columns, self.units = shape, kind, columns, units
+        self.splits, self.facts = {}, {}
+
+
+def pack_data(data: Dataset, gaussian: Gaussian) -> bytes:
+    """Units, names and Gaussian part as safetensors bytes."""
+    units = data.units
+    tensors = {
+        "shift": units.shift, "scale": units.scale, "matrix": units.matrix, "resolution": units.resolution,
+        "mean": gaussian.mean, "lam": gaussian.lam, "basis": gaussian.basis,
+    }  # fmt: skip
+    facts = {"shape": list(data.shape), "kind": data.kind, "columns": data.columns}
+    present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    return save(present, {"data": json.dumps(facts)})
+
+
+def unpack_data(path: Path) -> tuple[Stored, Gaussian]:
+    """The inverse of `pack_data`, from a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["data"])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shape = tuple(int(n) for n in facts["shape"])
+        units = Units(shape, tensors["shift"], tensors.get("scale"), tensors.get("matrix"), tensors.get("resolution"))
+        gaussian = Gaussian(tensors["mean"], tensors["lam"], tensors.get("basis"))
+        d = int(np.prod(shape))
+        sizes = {"matrix": (d, d), "basis": (d, d)}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != sizes.get(name, (d,)) or not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite or not of {d} coordinates")
+        if ("scale" in tensors) == ("matrix" in tensors):
+            raise ValueError("expected a scale or a matrix")
+        return Stored(shape, facts["kind"], facts["columns"], units), gaussian
+    except Exception as problem:  # every way in which foreign bytes can fail to be this file
+        raise Unreadable(f"{path}: not readable ({one_line(problem)[:120]})") from problem
