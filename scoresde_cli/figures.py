@@ -177,8 +177,8 @@ def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.6), sharex=True, sharey=True)
         shown = axes[0].contourf(u, v, np.maximum(log, top - 9), levels=np.linspace(top - 9, top, 19), cmap="magma")
-        figure.colorbar(shown, ax=axes[0], label="log p, nats (9 below the top and less in black)")
-        axes[0].set_title(f"learnt log-density, t = {t_min:g}", fontsize=9)
+        figure.colorbar(shown, ax=axes[0], label="log p, nats")
+        axes[0].set_title(f"learnt log-density, t = {t_min:g} (black: 9 below the top)", fontsize=9)
         axes[1].scatter(*x[:3000].T.numpy(), s=1, alpha=0.25, color=DATA, lw=0)
         axes[1].quiver(a, b, arrows[:, 0], arrows[:, 1], color=MODEL, scale=26, width=0.004)
         axes[1].set_title(f"learnt score, t = {t_field:g} (long arrows cut)", fontsize=9)

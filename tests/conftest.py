@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("WANDB_MODE", "offline")
 for key in ("WANDB_API_KEY", "SLURM_JOB_ID"):
     os.environ.pop(key, None)

@@ -43,9 +43,9 @@ class MLP(nn.Module):
 
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
-        h = dual.linear(self.first, torch.cat([x.flatten(1).unsqueeze(0), v.flatten(2)]))
-        h = torch.cat([h[:1] + self.level(self.embedding(c)), h[1:]])
+        u, du = dual.linear(self.first, (x.flatten(1), v.flatten(2)))
+        pair = u + self.level(self.embedding(c)), du
         for layer in self.hidden:
-            h = dual.linear(layer, dual.activation(self.activation, h))
-        out = dual.linear(self.last, dual.activation(self.activation, h))
-        return out[0].reshape(x.shape), out[1:].reshape(v.shape)
+            pair = dual.linear(layer, dual.activation(self.activation, pair))
+        out, jvp = dual.linear(self.last, dual.activation(self.activation, pair))
+        return out.reshape(x.shape), jvp.reshape(v.shape)

@@ -47,10 +47,10 @@ class ResMLP(nn.Module):
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
         features = self.embedding(c)
-        h = dual.linear(self.first, torch.cat([x.flatten(1).unsqueeze(0), v.flatten(2)]))
+        h, dh = dual.linear(self.first, (x.flatten(1), v.flatten(2)))
         for inner, level, outer in zip(self.inner, self.level, self.outer, strict=True):
-            u = dual.linear(inner, dual.activation(self.activation, h))
-            u = torch.cat([u[:1] + level(features), u[1:]])
-            h = h + dual.linear(outer, dual.activation(self.activation, u))
-        out = dual.linear(self.last, dual.activation(self.activation, h))
-        return out[0].reshape(x.shape), out[1:].reshape(v.shape)
+            u, du = dual.linear(inner, dual.activation(self.activation, (h, dh)))
+            w, dw = dual.linear(outer, dual.activation(self.activation, (u + level(features), du)))
+            h, dh = h + w, dh + dw
+        out, jvp = dual.linear(self.last, dual.activation(self.activation, (h, dh)))
+        return out.reshape(x.shape), jvp.reshape(v.shape)
