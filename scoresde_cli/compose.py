@@ -32,6 +32,7 @@ BASES: dict[str, type] = {
     "data": Dataset, "sde": SDE, "network": nn.Module, "parameterisation": Parameterisation, "loss": Loss,
     "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler,
 }  # fmt: skip
+ALL_THREADS = torch.get_num_threads()  # before any run of this process changes it
 PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")
 
 
@@ -65,6 +66,7 @@ class Settings:
     ema: Annotated[float, Field(gt=0, lt=1)] | None
     device: str
     precision: Precision
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
     log_every: PositiveInt
     checkpoint: dict[str, Any]
     eval: dict[str, Any]
@@ -194,6 +196,13 @@ def build_model(
         network: nn.Module = build(config["network"], "network", shape=tuple(shape))
     parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
     return ScoreModel(network, sde, parameterisation, gaussian)
+
+
+def pick_threads(parts: Parts) -> int:
+    """One thread for a step of under 0.5 GFlop, where a second one gains little and loses much on a busy machine."""
+    weights = sum(p.numel() for p in parts.model.parameters())
+    passes = 1 + parts.loss.tangents(int(torch.Size(parts.data.shape).numel()))
+    return 1 if 6 * weights * parts.settings.batch_size * passes < 5e8 else ALL_THREADS
 
 
 def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:

@@ -15,6 +15,7 @@ from scoresde_cli.networks.model import ScoreModel
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 STYLE: Any = {
     "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -100,6 +101,7 @@ def marginals(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: 
             panel.hist(b[:, i], bins=bins, density=True, color=DATA, alpha=0.45, label="data")
             panel.hist(a[:, i], bins=bins, density=True, color=MODEL, histtype="step", lw=1.4, label="samples")
             panel.set_title(names[i], fontsize=8)
+            panel.xaxis.set_major_locator(MaxNLocator(4))
             panel.set_yticks([])
         axes.flat[0].legend(fontsize=7)
         more = f"; {len(names) - shown} more columns not shown" if shown < len(names) else ""

@@ -35,7 +35,7 @@ STATUSES = ("running", "finished", "preempted", "failed", "diverged")
 
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits of the science in a config and its seed: what decides the numbers that come out."""
-    aside = ("dir", "resume", "trust", "tracker", "log_every", "checkpoint", "device", "eval")
+    aside = ("dir", "resume", "trust", "tracker", "log_every", "checkpoint", "device", "eval", "threads")
     science = {name: value for name, value in config.items() if name not in aside}
     return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
 

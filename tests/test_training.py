@@ -209,3 +209,13 @@ def test_the_average_follows_its_recursion():
         decay = min(0.9, (1 + n) / (10 + n))
         expected = float(n) ** 1.5 if expected is None else decay * expected + (1 - decay) * float(n) ** 1.5
     assert float(state.evaluated().weight.detach()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_small_steps_take_one_thread_and_the_choice_is_kept(whole, tmp_path, cli):
+    import yaml
+
+    assert yaml.safe_load((whole / "config.yaml").read_text())["threads"] == 1
+    code, _, err = cli(*ARGUMENTS, "threads=2", "steps=5", f"dir={tmp_path / 'two'}")
+    assert code == 0, err
+    assert yaml.safe_load((tmp_path / "two/config.yaml").read_text())["threads"] == 2
+    torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from scoresde_cli import evaluation
 from scoresde_cli.commands.sample import write_samples
-from scoresde_cli.compose import Parts, advice, build, compose
+from scoresde_cli.compose import Parts, advice, build, compose, pick_threads
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.provenance import command_line, now
@@ -56,6 +56,10 @@ def fresh(
     if expected_data is not None and parts.data.facts.get("sha256") != expected_data.get("sha256"):
         raise ScoreSDEError(f"{parts.data.facts.get('path')}: the data file is not the one that the run was trained on")
     tracker = build(config["tracker"], "tracker")
+    # Kept in the run's config: a resumed or repeated run sums in the same order.
+    threads = parts.settings.threads or pick_threads(parts)
+    config = {**config, "threads": threads}
+    torch.set_num_threads(threads)
     say(parts, overrides)
     run = RunDir.create(config, folder or parts.settings.dir)
     with run.lock():
@@ -86,6 +90,7 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
                 kept["tracker"][key.split(".", 1)[1]] = config["tracker"].get(key.split(".", 1)[1])
         parts = compose(kept)
         tracker = build(kept["tracker"], "tracker")
+        torch.set_num_threads(parts.settings.threads or torch.get_num_threads())
         checkpoint = run.checkpoint(parts.device) if checkpoints(run.path / "checkpoints") else None
         done = 0 if checkpoint is None else int(checkpoint.facts["step"])
         if done > parts.settings.steps:

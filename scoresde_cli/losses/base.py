@@ -61,6 +61,10 @@ class Loss(ABC):
     ) -> Tensor:
         """The unweighted loss of each sample, (B,), in the convention |S|^2 + 2 tr J."""
 
+    def tangents(self, d: int) -> int:
+        """How many Jacobian-vector products a sample takes in d dimensions."""
+        return 0
+
     def reference(self, d: int) -> "Loss":
         """The loss of equal expectation with the least variance that is affordable: what is reported at the end."""
         return self

@@ -15,6 +15,9 @@ class ISM(Loss):
     name = "ism"
     formula = "|S|^2 + 2 tr J"
 
+    def tangents(self, d: int) -> int:
+        return d
+
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:

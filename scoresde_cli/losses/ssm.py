@@ -33,6 +33,9 @@ class SSM(Loss):
         super().__init__(weighting, half, times, t_min)
         self.projection, self.n_proj = projection, n_proj
 
+    def tangents(self, d: int) -> int:
+        return self.n_proj
+
     def directions(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return self.projection.sample(tuple(x.shape), self.n_proj, generator, x.dtype)
 

@@ -20,6 +20,9 @@ class SSMVR(SSM):
     name = "ssm_vr"
     formula = "|S|^2 + 2 v^T J v"
 
+    def tangents(self, d: int) -> int:
+        return min(self.n_proj, d)
+
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:

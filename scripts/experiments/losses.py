@@ -26,19 +26,27 @@ def trained(folder: Path, arguments: str, seed: int) -> tuple[dict, str]:
     """The summary and the warnings of one run, trained unless it is there."""
     run = folder / f"{arguments.replace(' ', '_').replace('=', '-')}-{seed}"
     if not (run / "summary.json").exists():
-        start = ["train", f"resume={run}"] if (run / "run.json").exists() else ["train", *arguments.split(), f"seed={seed}", f"dir={run}"]
+        start = (
+            ["train", f"resume={run}"]
+            if (run / "run.json").exists()
+            else ["train", *arguments.split(), f"seed={seed}", f"dir={run}"]
+        )
         command = [str(Path(sys.executable).parent / "scoresde"), *start]
-        if start[1].startswith("resume") is False:
+        if not start[1].startswith("resume"):
             command += ["eval.figures=false", "tracker.mode=disabled"]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+        )
         (run / "stderr.txt").write_text(done.stderr)
-    return json.loads((run / "summary.json").read_text()), (run / "stderr.txt").read_text() if (run / "stderr.txt").exists() else ""
+    return json.loads((run / "summary.json").read_text()), (run / "stderr.txt").read_text() if (
+        run / "stderr.txt"
+    ).exists() else ""
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/losses")
     folder.mkdir(parents=True, exist_ok=True)
-    print("| setting | score_error, median of seeds 0 to 2 | each seed | sliced_wasserstein / floor_high, each seed | seconds | says |")
+    print("| setting | score_error (median) | each seed | sliced_wasserstein / floor_high | seconds | says |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, arguments in SETTINGS.items():
         found = [trained(folder, arguments or name, seed) for seed in SEEDS]
