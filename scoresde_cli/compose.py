@@ -199,10 +199,10 @@ def build_model(
 
 
 def pick_threads(parts: Parts) -> int:
-    """One thread for a step of under 0.5 GFlop, where a second one gains little and loses much on a busy machine."""
+    """One thread for a step of under 1 GFlop, where a second one gains little and loses much on a busy machine."""
     weights = sum(p.numel() for p in parts.model.parameters())
     passes = 1 + parts.loss.tangents(int(torch.Size(parts.data.shape).numel()))
-    return 1 if 6 * weights * parts.settings.batch_size * passes < 5e8 else ALL_THREADS
+    return 1 if 6 * weights * parts.settings.batch_size * passes < 1e9 else ALL_THREADS
 
 
 def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
