@@ -9,7 +9,7 @@ import traceback
 import warnings
 
 from scoresde_cli import __version__
-from scoresde_cli.errors import ScoreSDEError, nearest, one_line
+from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
 
 # name: (what it does, whether it is a Hydra command with conf/NAME.yaml)
 COMMANDS: dict[str, tuple[str, bool]] = {
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         return dispatch(arguments)
     except ScoreSDEError as problem:
         return fail(str(problem), problem.exit_code)
+    except Stopped as stop:
+        return fail(str(stop), stop.exit_code)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except BrokenPipeError:

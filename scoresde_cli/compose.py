@@ -18,7 +18,7 @@ from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
 from scoresde_cli.losses.base import Loss, Times
 from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
-from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian
+from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian, gaussian_model
 from scoresde_cli.networks.parameterisation import Parameterisation
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
@@ -82,12 +82,18 @@ class Parts:
     data: Dataset
     sde: SDE
     model: ScoreModel
+    baseline: ScoreModel
     loss: Loss
     optimizer: Adam
     sampler: Sampler
     settings: Settings
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def d(self) -> int:
+        """The number of elements of one sample."""
+        return int(torch.Size(self.data.shape).numel())
 
 
 def locate(target: object, where: str) -> Any:
@@ -201,7 +207,7 @@ def build_model(
 def pick_threads(parts: Parts) -> int:
     """One thread for a step of under 1 GFlop, where a second one gains little and loses much on a busy machine."""
     weights = sum(p.numel() for p in parts.model.parameters())
-    passes = 1 + parts.loss.tangents(int(torch.Size(parts.data.shape).numel()))
+    passes = 1 + parts.loss.tangents(parts.d)
     return 1 if 6 * weights * parts.settings.batch_size * passes < 1e9 else ALL_THREADS
 
 
@@ -235,7 +241,7 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
 
 def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
     """(notes, warnings): what the user should know before the work starts, a line each."""
-    loss, d, s = parts.loss, int(torch.Size(parts.data.shape).numel()), parts.settings
+    loss, d, s = parts.loss, parts.d, parts.settings
     notes, warnings = [], []
     law = getattr(loss, "projection", None)
     if law is None:
@@ -286,9 +292,16 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     if gaussian is None:
         covariance = build(config["parameterisation"], "parameterisation").covariance
         gaussian = fit_gaussian(data.splits["train"], covariance)
+    moments = None
+    if "train" in data.splits:  # the baseline is the same whatever the parameterisation makes of the moments
+        rows, d = len(data.splits["train"]), int(torch.Size(data.shape).numel())
+        moments = fit_gaussian(data.splits["train"], "full" if rows > 10 * d else "isotropic")
     model = build_model(config, sde, data.shape, gaussian, keys.seed).to(device=device, dtype=dtype)
+    baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
     match(sde, loss, sampler, model)
+    if sampler.t_min < keys.t_min:
+        raise ScoreSDEError(f"sampler.t_min={sampler.t_min}: the score is trained on t >= t_min={keys.t_min}")
     law = getattr(loss, "projection", None)
     if law is not None and type(law).__module__ != projections.__name__:
         projections.check_law(law, data.shape, keys.n_proj, keys.batch_size, dtype, type(law).__name__)
-    return Parts(data, sde, model, loss, optimizer, sampler, keys, device, dtype)
+    return Parts(data, sde, model, baseline, loss, optimizer, sampler, keys, device, dtype)

@@ -26,8 +26,8 @@ class Diverged(ScoreSDEError):
     exit_code = 3
 
 
-class Stopped(ScoreSDEError):
-    """Asked to stop (SIGINT or SIGTERM); the state is on disk."""
+class Stopped(BaseException):
+    """Asked to stop (SIGINT or SIGTERM); the state is on disk. No Exception, so that nothing on its way swallows it."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from scoresde_cli import configs
-from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
+from scoresde_cli.errors import ScoreSDEError, nearest, one_line
 
 # Hydra's flags that make sense here, and what a value behind each may be.
 FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -31,8 +31,6 @@ def run(name: str, module: str, arguments: list[str]) -> int:
         """One job. A failure is kept, since Hydra would print it its own way; a sweep goes on with the next job."""
         try:
             importlib.import_module(module).task(config)
-        except Stopped as problem:
-            raise KeyboardInterrupt from problem  # no Exception: it ends a sweep, too
         except Exception as problem:
             failures.append(problem)
 
@@ -43,8 +41,6 @@ def run(name: str, module: str, arguments: list[str]) -> int:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="hydra")
             hydra.main(version_base="1.3", config_path=str(configs.conf_dir()), config_name=name)(task)()
-    except KeyboardInterrupt as problem:
-        raise (problem.__cause__ if isinstance(problem.__cause__, Stopped) else problem) from None
     except SystemExit as stop:
         if stop.code not in (0, None):
             raise ScoreSDEError(f"{name}: Hydra stopped with {stop.code} at {' '.join(arguments)}") from None

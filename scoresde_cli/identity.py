@@ -99,7 +99,7 @@ def checks(network: nn.Module, law: Projection, d: int, n: int, draws: int, seed
     """Every line of the table for one law."""
     point = Point(network, d, seed)
     shape = (POINTS, d)
-    found = moments(law, d, draws, seed)
+    found = moments(law, d, draws, seed, n)
     # The largest of d z-scores (or d^2) of a right law: Bonferroni at the level of LIMIT.
     wide_mean, wide_second = bonferroni(d), bonferroni(d * d)
     lines = [

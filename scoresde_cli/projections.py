@@ -169,8 +169,12 @@ class Coordinate(Frames):
         return d * diagonal.square().sum() - diagonal.sum().square()
 
 
-def moments(law: Projection, d: int, draws: int, seed: int = 0) -> dict[str, float]:
+def moments(
+    law: Projection, d: int, draws: int, seed: int = 0, n: int = 1, dtype: torch.dtype = torch.float64
+) -> dict[str, float]:
     """E[v] and E[v v^T] of a law in d dimensions, measured (on at most 256 coordinates, spread evenly).
+
+    All n directions of each draw count: those of a frame are no worse than independent ones, so the errors below are safe.
 
     Returns:
         `mean_z`, `second_z`: the largest deviation of any entry from 0 and from I in standard errors;
@@ -181,7 +185,7 @@ def moments(law: Projection, d: int, draws: int, seed: int = 0) -> dict[str, flo
     total, outer, squares, count = torch.zeros_like(eye[0]), torch.zeros_like(eye), torch.zeros_like(eye), 0
     source = make_generator(seed, "moments")
     while count < draws:
-        v = law.sample((min(4096, draws - count), d), 1, source, torch.float64)[0][:, kept]
+        v = law.sample((min(4096, -(-(draws - count) // n)), d), n, source, dtype).flatten(0, 1)[:, kept].double()
         total += v.sum(0)
         outer += v.T @ v
         squares += v.square().T @ v.square()
@@ -221,7 +225,7 @@ def check_law(
                 )
             if not torch.isfinite(probe).all():
                 raise ScoreSDEError(f"projection {name}: sample(...) gave values that are not finite")
-        found = moments(law, d, draws)
+        found = moments(law, d, draws, 0, n, dtype)
     except ScoreSDEError:
         raise
     except Exception as problem:  # a user's own law can fail in any way

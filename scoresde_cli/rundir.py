@@ -10,7 +10,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -110,6 +112,14 @@ class RunDir:
             inside = sorted(p.parent.name for p in run.path.glob("*/run.json"))
             hint = f"; it holds runs: {', '.join(inside[:5])}" if inside else ""
             raise ScoreSDEError(f"{key}={path}: not a run directory (it has no run.json){hint}")
+        # Writing through a stranger's link would reach outside. W&B makes links inside the folders of its own sessions, and
+        # never writes to an old one.
+        found = [p.relative_to(run.path) for p in run.path.rglob("*") if p.is_symlink()]
+        links = [str(p) for p in found if not (p.parts[0] == "wandb" and len(p.parts) > 2)]
+        if links:
+            raise ScoreSDEError(
+                f"{key}={path}: it holds links ({', '.join(links[:3])}), which a run never makes; nothing was read"
+            )
         facts = run.facts()
         if facts.get("format") != FORMAT:
             raise Unreadable(
@@ -130,8 +140,11 @@ class RunDir:
     def summary(self) -> dict[str, Any]:
         """summary.json, empty where the run has not come so far."""
         found = self._json("summary.json") if (self.path / "summary.json").exists() else {}
-        if not all(isinstance(entry, dict) and "value" in entry for entry in found.values()):
-            raise Unreadable(f"{self.path / 'summary.json'}: expected entries with a value each")
+        try:
+            for entry in found.values():
+                entry["value"] = float(entry["value"])
+        except (TypeError, KeyError, ValueError):
+            raise Unreadable(f"{self.path / 'summary.json'}: expected entries with a value each") from None
         return found
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -175,21 +188,39 @@ class RunDir:
         except OSError as problem:
             raise ScoreSDEError(f"{self.path}: cannot be written to ({problem.strerror})") from None
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise ScoreSDEError(f"{self.path}: another process works on this run ({file.read().strip()})") from None
+            for left in range(10, -1, -1):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not left:
+                        file.seek(0)
+                        raise ScoreSDEError(
+                            f"{self.path}: another process works on this run ({file.read().strip()})"
+                        ) from None
+                    time.sleep(0.05)  # somebody may just be looking whether it is held
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
 
     def begin(self, config: Mapping[str, Any], parts: Parts, command: list[str]) -> None:
-        """Write what identifies the run: config.yaml, the data's units, run.json."""
+        """Write what identifies the run: config.yaml, the data's units, run.json; all of it at once, or nothing."""
+        whole = RunDir(self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp"))
+        whole.path.mkdir()
+        try:
+            whole._describe(config, parts, command)
+            whole.path.rename(self.path)  # over the empty directory that `create` claimed
+        except OSError as problem:
+            raise ScoreSDEError(f"{self.path}: cannot be begun ({problem.strerror})") from None
+        finally:
+            shutil.rmtree(whole.path, ignore_errors=True)
+
+    def _describe(self, config: Mapping[str, Any], parts: Parts, command: list[str]) -> None:
         self.write_config(config)
         write_durably(self.path / "data.safetensors", pack_data(parts.data, parts.model.gaussian))
-        (self.path / "figures").mkdir(exist_ok=True)
+        (self.path / "figures").mkdir()
+        (self.path / "lock").touch()
         self.write(
             "run.json",
             {

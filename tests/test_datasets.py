@@ -203,6 +203,16 @@ def test_red_wine_is_read_with_its_columns(wine):
     assert sum(len(x) for x in data.splits.values()) == 1599
 
 
+def test_equal_rows_never_stand_in_two_splits(wine):
+    data = Table(str(wine))
+    rows = {name: {tuple(r) for r in x.tolist()} for name, x in data.splits.items()}
+    assert not rows["train"] & rows["test"]
+    assert not rows["train"] & rows["valid"]
+    assert not rows["valid"] & rows["test"]
+    assert data.facts["rows_repeated"] == 240
+    assert abs(len(data.splits["test"]) / 1599 - 0.2) < 0.01
+
+
 def test_digits_are_the_real_ones_in_grey_levels():
     data = Digits()
     u = data.units.to_user(data.splits["train"])

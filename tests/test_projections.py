@@ -88,6 +88,13 @@ class Unscaled(Sphere):
         return super().sample(shape, n, generator, dtype) / shape[-1] ** 0.5
 
 
+class Shared(Projection):
+    """Right for one direction, too short for several."""
+
+    def sample(self, shape, n, generator, dtype=torch.float32):
+        return normal((n, *shape), generator, dtype) / n**0.5
+
+
 class Correlated(Projection):
     def sample(self, shape, n, generator, dtype=torch.float32):
         z = normal((n, *shape), generator, dtype)
@@ -110,6 +117,7 @@ class Shifted(Projection):
         (Unscaled(), r"scale the directions by 2\.4"),
         (Correlated(), "an entry is off by 0.6"),
         (Shifted(), "E\\[v\\] = 0"),
+        (Shared(), r"scale the directions by 1\.41"),
     ],
 )
 def test_a_law_that_breaks_the_identity_is_refused_by_name(law, says):

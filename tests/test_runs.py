@@ -373,6 +373,43 @@ def test_data_that_changed_since_is_said(tmp_path, cli):
     assert "shape or columns" in err
 
 
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "name", ["lock", "metrics.tmp", "figures/samples.png", "wandb", "wandb/debug.log", "checkpoints/link"]
+)
+def test_a_strangers_links_are_not_followed(name, reader, copy, cli):
+    victim = copy.parent / "victim"
+    victim.write_text("precious")
+    link = copy / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(victim)
+    code, _, err = cli(*READERS[reader](copy))
+    assert code == 2
+    assert name in err
+    assert victim.read_text() == "precious"
+
+
+def test_a_begun_run_is_whole_or_not_there(tmp_path, cli, monkeypatch):
+    """Cut while it is begun, a run leaves its directory empty, and the same command works the next time."""
+    from scoresde_cli import rundir
+
+    monkeypatch.setattr(rundir, "git_state", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli("train", "dir=run", *SMALL, *NO_FIGURES)[0] == 130
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cli("train", "dir=run", *SMALL, *NO_FIGURES)[0] == 0
+
+
+def test_a_smaller_t_min_than_the_trained_one_is_refused(copy, cli):
+    for argv in (["t_min=1e-5"], ["sampler=heun_ode", "sampler.t_min=1e-5"]):
+        code, _, err = cli("sample", f"run={copy}", "n=5", "out=a.npz", *argv)
+        assert code == 2
+        assert "trained on t >= 0.001" in err
+    assert cli("sample", f"run={copy}", "n=5", "out=a.npz", "t_min=0.01")[0] == 0
+
+
 @pytest.mark.parametrize("content", ["garbage{", '{"a": 1}'])
 def test_a_foreign_evaluation_file_is_left_alone(content, copy, cli):
     (copy / "evaluation.json").write_text(content)

@@ -68,7 +68,10 @@ MOMENTS = {
     "before the first checkpoint": ("scoresde_cli.training.loop", "train_step", 7),
     "between two checkpoints": ("scoresde_cli.training.loop", "train_step", 34),
     "while a file of a checkpoint is written": ("scoresde_cli.training.state", "os.fsync", 13),
-    "just before a checkpoint gets its name": ("scoresde_cli.training.state", "shutil.rmtree", 2),
+    "just before the second checkpoint gets its name": ("pathlib", "Path.rename", 3),
+    "while a file of the third checkpoint is written": ("scoresde_cli.training.state", "os.fsync", 33),
+    "just before an old checkpoint is dropped": ("pathlib", "Path.rename", 5),
+    "while an old checkpoint is dropped": ("scoresde_cli.training.state", "shutil.rmtree", 4),
     "while a row is logged": ("scoresde_cli.tracking.jsonl", "json.dumps", 5),
     "after training, while sampling": ("scoresde_cli.samplers.heun_ode", "HeunODE.step", 3),
 }
@@ -195,20 +198,22 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
     assert Adam(lr=1.0, warmup=0, schedule="constant").rate(700, 0.9) == 1.0
 
 
-def test_the_average_follows_its_recursion():
+def test_the_average_is_the_weighted_mean_of_all_weights_so_far():
     model = torch.nn.Linear(1, 1, bias=False).double()
     from torch.optim.swa_utils import AveragedModel
 
     state = TrainState(model, AveragedModel(model), torch.optim.SGD(model.parameters()), torch.zeros(()))
-    expected = None
+    values, found = [float(n) ** 1.5 for n in range(50)], []
     for n in range(50):
         with torch.no_grad():
-            model.weight.fill_(float(n) ** 1.5)
+            model.weight.fill_(values[n])
         state.step = n
         state.update_average(0.9)
-        decay = min(0.9, (1 + n) / (10 + n))
-        expected = float(n) ** 1.5 if expected is None else decay * expected + (1 - decay) * float(n) ** 1.5
-    assert float(state.evaluated().weight.detach()) == pytest.approx(expected, rel=1e-12)
+        found.append(float(state.evaluated().weight.detach()))
+    for n in (0, 1, 7, 49):  # the weighted mean of all values so far, with weights 0.9^age
+        weights = [0.9 ** (n - i) for i in range(n + 1)]
+        expected = sum(w * v for w, v in zip(weights, values[: n + 1], strict=True)) / sum(weights)
+        assert found[n] == pytest.approx(expected, rel=1e-10)
 
 
 def test_small_steps_take_one_thread_and_the_choice_is_kept(whole, tmp_path, cli):

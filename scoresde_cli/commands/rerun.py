@@ -1,5 +1,6 @@
 """`scoresde rerun`: train a run's config again and hold the numbers against each other."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +42,18 @@ def task(config: DictConfig) -> int:
     return 0
 
 
+def same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
 def compare(before: dict[str, Any], after: dict[str, Any], old: str, new: str) -> None:
     """A line a number: both values, and whether they are equal bit for bit."""
     console.note(f"{'':<22}{'first':>14}{'again':>14}")
     names = [name for name in before if name in after]
     for name in names:
         a, b = before[name]["value"], after[name]["value"]
-        same = "" if name in MEASURED else "equal" if a == b else f"differs by {abs(b - a):.2g}"
-        console.note(f"{name:<22}{console.number(a):>14}{console.number(b):>14}  {same}")
+        word = "" if name in MEASURED else "equal" if same(a, b) else f"differs by {abs(b - a):.2g}"
+        console.note(f"{name:<22}{console.number(a):>14}{console.number(b):>14}  {word}")
     science = [name for name in names if name not in MEASURED]
-    equal = sum(before[name]["value"] == after[name]["value"] for name in science)
+    equal = sum(same(before[name]["value"], after[name]["value"]) for name in science)
     console.note(f"{equal} of {len(science)} numbers are equal bit for bit: {old} and {new}")

@@ -66,13 +66,14 @@ def task(config: DictConfig) -> int:
 
 def pick_sampler(run: Run, chosen: dict[str, Any] | None, t_min: float | None) -> Sampler:
     """The sampler of the command line, else the run's own."""
-    if chosen is None:
-        if t_min is not None:
-            run.parts.sampler.t_min = t_min
-        return run.parts.sampler
-    if chosen.get("t_min") is None:
-        chosen["t_min"] = run.parts.settings.t_min
-    sampler: Sampler = build(chosen, "sampler")
+    trained = run.parts.settings.t_min
+    sampler = run.parts.sampler
+    if chosen is not None:
+        sampler = build({**chosen, "t_min": chosen.get("t_min") or trained}, "sampler")
+    if t_min is not None:
+        sampler.t_min = t_min
+    if sampler.t_min < trained:
+        raise ScoreSDEError(f"t_min={sampler.t_min}: the run's score is trained on t >= {trained}")
     return sampler
 
 

@@ -62,8 +62,8 @@ def fresh(
     torch.set_num_threads(threads)
     say(parts, overrides)
     run = RunDir.create(config, folder or parts.settings.dir)
+    run.begin(config, parts, command_line())
     with run.lock():
-        run.begin(config, parts, command_line())
         session(run, config, parts, tracker, prepare(parts, None))
     return run
 
@@ -118,7 +118,7 @@ def say(parts: Parts, overrides: list[str]) -> None:
     notes, warnings = advice(parts, overrides)
     size = sum(p.numel() for p in parts.model.parameters())
     shape = "x".join(map(str, parts.data.shape))
-    console.note(f"loss {parts.loss.convention()}")
+    console.note(f"loss {parts.loss.convention(parts.d)}")
     console.note(
         f"data {len(parts.data.splits['train'])} x {shape}, network {size} weights, {parts.settings.precision} on {parts.device}"
     )
@@ -154,7 +154,9 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
             code = problem.exit_code
             kept = checkpoints(run.path / "checkpoints")
             last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written before that"
-            raise Diverged(f"{problem}; {last}; a smaller optimizer.lr or optimizer.clip may help") from None
+            raise Diverged(
+                f"{problem}; {last}; a new run with a smaller optimizer.lr or optimizer.clip may do better"
+            ) from None
         except OSError as problem:
             record_failure(run, problem)
             where = f"{problem.filename}: " if problem.filename else ""
@@ -188,7 +190,7 @@ def plan_of(parts: Parts) -> loop.Plan:
         return parts.data.splits[split].to(device=parts.device, dtype=parts.dtype)
 
     return loop.Plan(
-        parts.model, parts.sde, parts.loss, parts.optimizer, resident("train"), resident("valid"), s.seed, s.steps,
+        parts.model, parts.sde, parts.loss, parts.optimizer, resident("train"), resident("valid"), parts.baseline, s.seed, s.steps,
         s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
     )  # fmt: skip
 
@@ -197,9 +199,7 @@ def gaussian_loss(parts: Parts) -> float:
     """The training loss of the Gaussian part alone, on 20,000 training samples: the line that training has to cross."""
     x0 = parts.data.splits["train"][:20_000].to(device=parts.device, dtype=parts.dtype)
     reference = parts.loss.reference(x0[0].numel())
-    return float(
-        loop.mean_loss(reference, parts.model.gaussian_part(), parts.sde, x0, parts.settings.seed, "baseline").mean()
-    )
+    return float(loop.mean_loss(reference, parts.baseline, parts.sde, x0, parts.settings.seed, "baseline").mean())
 
 
 def optimise(
@@ -252,7 +252,7 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         f"         scoresde evaluate run={run.path}",
         f"         scoresde train resume={run.path} steps={2 * s.steps}",
     ]
-    console.panel(f"{parts.loss.convention()}", summary, lines)
+    console.panel(f"{parts.loss.convention(parts.d)}", summary, lines)
     turned = evaluation.overfitted(state.best, state.best_step, state.valid, state.step)
     for problem in (evaluation.verdict(summary), turned):
         if problem:
@@ -268,7 +268,7 @@ def draw(
 ) -> list[Path]:
     from scoresde_cli import figures
 
-    folder, title = run.path / "figures", f"{parts.loss.convention()}, seed {parts.settings.seed}"
+    folder, title = run.path / "figures", f"{parts.loss.convention(parts.d)}, seed {parts.settings.seed}"
     paths = [
         figures.samples(parts.data, drawn, held_out, title, folder / "samples.png"),
         figures.loss_curve(read_rows(run.path / "metrics.jsonl"), baseline, title, folder / "loss.png"),

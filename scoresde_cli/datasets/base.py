@@ -47,7 +47,7 @@ class Units:
         u = y + self.shift
         if rounded and self.resolution is not None:
             step = torch.where(self.resolution > 0, self.resolution, 1.0)
-            u = torch.where(self.resolution > 0, (u / step).round() * step, u)
+            u = torch.where(self.resolution > 0, (u / step).round() * step + 0.0, u)  # no -0
         return u.reshape(-1, *self.shape)
 
     def log_det(self) -> float:
@@ -122,8 +122,19 @@ class SampledMixture(Sampled):
         return Oracle(self.law, sde)
 
 
-def split_rows(n: int, seed: int) -> dict[str, Tensor]:
-    """Row numbers of a random split of n rows: 70 percent train, 10 valid, 20 test."""
-    order = torch.randperm(n, generator=generator(seed, "split"))
-    a, b = round(0.7 * n), round(0.8 * n)
-    return {"train": order[:a], "valid": order[a:b], "test": order[b:]}
+def split_rows(rows: Tensor, seed: int) -> tuple[dict[str, Tensor], int]:
+    """(row numbers by split, how many rows repeat another): 70 percent train, 10 valid, 20 test of rows (n, *D).
+
+    Equal rows go to the same split: a test row is never one that was trained on.
+    """
+    unique, group = torch.unique(rows.flatten(1), dim=0, return_inverse=True)
+    place = torch.randperm(len(unique), generator=generator(seed, "split"))[group]
+    order = torch.argsort(place, stable=True)
+    n = len(rows)
+    ends = []
+    for end in (round(0.7 * n), round(0.8 * n)):
+        while 0 < end < n and place[order[end]] == place[order[end - 1]]:
+            end += 1
+        ends.append(end)
+    a, b = ends
+    return {"train": order[:a], "valid": order[a:b], "test": order[b:]}, n - len(unique)

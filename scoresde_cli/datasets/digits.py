@@ -21,11 +21,12 @@ class Digits(Dataset):
         from sklearn.datasets import load_digits
 
         u = torch.from_numpy(load_digits().images)
+        rows, _ = split_rows(u, seed)
         self.shape, d = (1, 8, 8), 64
         ones = torch.ones(d, dtype=torch.float64)
         self.units = Units(self.shape, 8.0 * ones, 8.0 * ones, resolution=ones if dequantise else None)
         if dequantise:
             u = u + uniform(tuple(u.shape), generator(seed, "dequantise"), torch.float64) - 0.5
         x: Tensor = self.units.to_model(u).float()
-        self.splits = {name: x[rows] for name, rows in split_rows(len(x), seed).items()}
+        self.splits = {name: x[index] for name, index in rows.items()}
         self.facts = {"rows": len(x), "dequantised": dequantise}

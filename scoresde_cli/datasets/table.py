@@ -52,10 +52,12 @@ class Table(Dataset):
             self.columns = names
         else:
             self.kind = "points"
-        rows = split_rows(len(u), seed)
+        rows, repeated = split_rows(u, seed)
         resolution = None
         if dequantise:
-            resolution = torch.tensor([smallest_step(column) for column in u.flatten(1).T.numpy()], dtype=torch.float64)
+            resolution = torch.tensor(
+                [smallest_step(column) for column in u[rows["train"]].flatten(1).T.numpy()], dtype=torch.float64
+            )
             noise = uniform((len(u), len(resolution)), generator(seed, "dequantise"), torch.float64) - 0.5
             u = u + (noise * resolution).reshape(u.shape)
         self.units = fit_units(u[rows["train"]], scaling, names, resolution)
@@ -63,7 +65,7 @@ class Table(Dataset):
         self.splits = {name: x[index] for name, index in rows.items()}
         self.facts = {
             "path": str(file.resolve()), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "rows": len(u),
-            "rows_dropped": dropped, "scaling": scaling, "dequantised": dequantise,
+            "rows_dropped": dropped, "rows_repeated": repeated, "scaling": scaling, "dequantised": dequantise,
         }  # fmt: skip
 
 

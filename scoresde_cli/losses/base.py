@@ -85,8 +85,8 @@ class Loss(ABC):
         value = self.value(model, sde, x0, noised, t, generator)
         return (0.5 if self.half else 1.0) * self.weight(sde, t, x0[0].numel()) * value
 
-    def convention(self) -> str:
-        """The loss in words, with its scale."""
+    def convention(self, d: int | None = None) -> str:
+        """The loss in words, with its scale; in d dimensions, where they are given."""
         scale = "1/2 " if self.half else ""
         weighting = {"sigma2": "sigma(t)^2", "g2": "g(t)^2", "one": "1"}[self.weighting]
         return f"{self.name}: {scale}E[ {self.formula} ], weighted by {weighting}"

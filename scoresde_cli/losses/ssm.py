@@ -53,5 +53,5 @@ class SSM(Loss):
 
         return SSMVR(Rademacher(), 16, self.weighting, self.half, self.times, self.t_min)
 
-    def convention(self) -> str:
-        return f"{super().convention()}, n_proj={self.n_proj} ({type(self.projection).__name__.lower()})"
+    def convention(self, d: int | None = None) -> str:
+        return f"{super().convention(d)}, n_proj={self.n_proj} ({type(self.projection).__name__.lower()})"

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from scoresde_cli import divergence
 from scoresde_cli.fields import FieldModel
+from scoresde_cli.losses.base import Loss
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.sdes.base import SDE, Noised
 
@@ -22,6 +23,11 @@ class SSMVR(SSM):
 
     def tangents(self, d: int) -> int:
         return min(self.n_proj, d)
+
+    def convention(self, d: int | None = None) -> str:
+        if d is not None and self.n_proj >= d:
+            return f"{Loss.convention(self, d)}, the trace exact (n_proj={self.n_proj} >= d={d})"
+        return super().convention(d)
 
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator

@@ -1,10 +1,11 @@
 """Distances between two samples, each next to what chance gives.
 
 Protocol of every distance here: two samples of equal size m; `floor` and `floor_high` are the mean and the 95 percent
-quantile of the same distance between PAIRS pairs of fresh data samples of size m. `ci` is for the expected value of the
-distance at that size (so it may be held against the floor): a bootstrap of both samples, shifted so that its mean
-is the value, since resampling adds chance to a distance. At the floor it is wider than it need be (the statistic
-degenerates there), never narrower.
+quantile of the same distance between PAIRS pairs of fresh data samples of size m (the quantile by its expected rank, so
+that fresh data lies below it in 95 percent of cases, few as the pairs are). `ci` is for the expected value of the
+distance at that size (so it may be held against the floor): a bootstrap of both samples, shifted so that its mean is the
+value, since resampling adds chance to a distance. At the floor it is wider than it need be (the statistic degenerates
+there), never narrower.
 """
 
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ def compare(
     def entry(value: float, copies: list[float], floor: list[float], **protocol: Any) -> dict[str, Any]:
         return {
             "value": value, "ci": interval(value, copies), "floor": float(np.mean(floor)),
-            "floor_high": float(np.quantile(floor, 0.95)), "unit": "model units", "protocol": protocol,
+            "floor_high": float(np.quantile(floor, 0.95, method="weibull")), "unit": "model units", "protocol": protocol,
         }  # fmt: skip
 
     return {

@@ -11,8 +11,7 @@ from scoresde_cli.networks.embedding import NoiseEmbedding
 class MLP(nn.Module):
     """(x, c) -> (B, *D): u_1 = W_1 x + E_1 e(c), u_i = (W_i act(u_{i-1}) + b_i) (1 + E_i e(c)), out = W act(u_depth).
 
-    The noise level scales every hidden layer (cf. Perez et al., "FiLM", AAAI 2018); on the eight Gaussians this halves the
-    score error of a network that sees it in the first layer only (ISM, 3000 steps, median of three seeds: 4.9e-3 to 2.6e-3).
+    The noise level scales every hidden layer (cf. Perez et al., "FiLM", AAAI 2018).
     The last layer starts at zero, so an untrained network returns zero.
 
     Args:

@@ -77,11 +77,6 @@ class ScoreModel(nn.Module, FieldModel):
         self.register_buffer("lam", gaussian.lam)
         self.register_buffer("basis", gaussian.basis if parameterisation.centred else None)
 
-    def gaussian_part(self) -> "ScoreModel":
-        """The exact score of Gaussian data with these moments: the baseline that training has to beat."""
-        model = ScoreModel(Zero(), self.sde, Residual(), self.gaussian)
-        return model.to(self.mean)
-
     def _turn(self, x: Tensor) -> Tensor:
         return x if self.basis is None else x @ self.basis
 
@@ -125,3 +120,8 @@ class ScoreModel(nn.Module, FieldModel):
         skip = self._prepare(x, t)[2]
         w = self._turn(v.flatten(2))
         return skip.sum(1) - (skip * w.square()).sum(2)
+
+
+def gaussian_model(sde: SDE, gaussian: Gaussian) -> ScoreModel:
+    """The exact score of Gaussian data with these moments, float64: the baseline that training has to beat."""
+    return ScoreModel(Zero(), sde, Residual(), gaussian)

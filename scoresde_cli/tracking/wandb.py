@@ -68,6 +68,7 @@ class WandB(Tracker):
     def _init(self, folder: Path, config: dict[str, Any], run_id: str | None, mode: str) -> Any:
         settings = self.wandb.Settings(
             init_timeout=SECONDS_TO_CONNECT, login_timeout=SECONDS_TO_CONNECT, silent=True, console="off", disable_git=True,
+            symlink=False,
         )  # fmt: skip
         return self.wandb.init(
             dir=str(folder), config=config, id=run_id, resume="allow" if run_id else None, mode=mode, settings=settings,

@@ -33,6 +33,7 @@ class Plan:
     optimizer: Adam
     train: Tensor
     valid: Tensor
+    baseline: ScoreModel
     seed: int
     steps: int
     max_seconds: float | None
@@ -72,12 +73,12 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
     reference = plan.loss.reference(plan.valid[0].numel())
     x0 = plan.valid[:VALIDATION_ROWS]
     values = mean_loss(reference, state.evaluated(), plan.sde, x0, plan.seed, "valid")  # type: ignore[arg-type]
-    baseline = mean_loss(reference, plan.model.gaussian_part(), plan.sde, x0, plan.seed, "valid")
+    baseline = mean_loss(reference, plan.baseline, plan.sde, x0, plan.seed, "valid")
     return float((values - baseline).mean())
 
 
-def train_step(plan: Plan, state: TrainState, progress: float) -> Tensor:
-    """One step in place; the mean loss of the batch, on the device."""
+def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
+    """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
     loss = plan.loss(plan.model, plan.sde, plan.train[rows], source).mean()
@@ -86,7 +87,7 @@ def train_step(plan: Plan, state: TrainState, progress: float) -> Tensor:
     if plan.optimizer.clip is not None:
         torch.nn.utils.clip_grad_norm_(plan.model.network.parameters(), plan.optimizer.clip)
     for group in state.optimizer.param_groups:
-        group["lr"] = plan.optimizer.rate(state.step, progress)
+        group["lr"] = rate
     state.optimizer.step()
     if plan.ema is not None:
         state.update_average(plan.ema)
@@ -124,7 +125,8 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
     watch.stop.deferred = True
     try:
         while progress() < 1.0:
-            state.loss_sum += train_step(plan, state, progress())
+            rate = plan.optimizer.rate(state.step, progress())
+            state.loss_sum += train_step(plan, state, rate)
             state.loss_count += 1
             state.seconds = time.perf_counter() - session
             paused = time.perf_counter()
@@ -132,7 +134,6 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
                 value = float(state.loss_sum) / state.loss_count
                 if not math.isfinite(value):
                     raise Diverged(f"diverged: the loss is {value} at step {state.step}")
-                rate = plan.optimizer.rate(state.step, progress())
                 watch.log(
                     {"step": state.step, "samples": state.samples, "seconds": state.seconds, "loss": value, "lr": rate}
                 )
@@ -144,5 +145,7 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
             if state.step % plan.save_every == 0 or progress() >= 1.0:
                 save(validate=True)
             session += time.perf_counter() - paused  # logging and saving are not training
+        if watch.stop.signum is not None:  # it came while the last checkpoint was written
+            raise watch.stop.stopped("training is done and saved")
     finally:
         watch.stop.deferred = False

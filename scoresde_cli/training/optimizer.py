@@ -1,4 +1,4 @@
-"""Adam and its schedule: the learning rate is a function of the step alone, so a resumed run has the same one."""
+"""Adam and its schedule: the learning rate is a function of the step and of the part of the budget that is behind it."""
 
 import math
 from collections.abc import Iterable

@@ -52,13 +52,14 @@ class TrainState:
         return self.model if self.average is None else self.average.module
 
     def update_average(self, decay: float) -> None:
-        """One step of the moving average, with decay min(decay, (1 + n)/(10 + n)) after n updates.
+        """One step of the moving average, corrected for its bias as Adam's moments are (Kingma and Ba 2015, section 3).
 
-        The warm-up keeps the untrained weights out: at a decay of 0.999 they would still count 5 percent after 3000 steps.
+        After n updates the weights are averaged with decay (decay - decay^(n+1)) / (1 - decay^(n+1)), so the untrained ones
+        have no part: uncorrected, at 0.999, they would still count 5 percent after 3000 steps.
         """
         if self.average is not None:
-            n = self.step
-            self.average.multi_avg_fn = get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))
+            power = decay ** (self.step + 1)
+            self.average.multi_avg_fn = get_ema_multi_avg_fn((decay - power) / (1.0 - power))
             self.average.update_parameters(self.model)
 
 

@@ -1,0 +1,112 @@
+"""What a run says of itself: intervals that cover, and a verdict that is neither kind nor unfair."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from scoresde_cli import configs
+from scoresde_cli.compose import compose
+from scoresde_cli.evaluation import evaluate, losses, overfitted, verdict
+from scoresde_cli.networks.model import ScoreModel
+
+
+def config(**changes):
+    """The resolved default config of `train`, with options of groups and keys changed."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
+        overrides = [f"{k.replace('__', '.')}={v}" for k, v in changes.items()]
+        return OmegaConf.to_container(hydra_compose("train", overrides=overrides), resolve=True)
+
+
+def entry(value, low, high, floor_high=None):
+    return {"value": value, "ci": [low, high], "floor": None, "floor_high": floor_high}
+
+
+def summary(gain=(0.2, 0.1, 0.3), error=(0.01, 0.008, 0.012), distance=(0.05, 0.04, 0.06)):
+    return {
+        "loss_gain": entry(*gain), "loss": entry(-1.2, -1.3, -1.1), "loss_baseline": entry(-1.0, -1.1, -0.9),
+        "score_error": entry(*error, 0.0), "score_error_baseline": entry(0.15, 0.14, 0.16),
+        "sliced_wasserstein": entry(*distance, 0.055), "sliced_wasserstein_baseline": entry(0.3, 0.3, 0.3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"gain": (0.01, -0.02, 0.04)}, "held-out loss"),
+        ({"error": (0.16, 0.15, 0.17)}, "score_error 0.16 against 0.15"),
+        ({"distance": (0.4, 0.35, 0.5)}, "sliced_wasserstein 0.4 against 0.3"),
+        ({"error": (0.1, 0.09, 0.11)}, "hardly learnt"),
+    ],
+)
+def test_the_verdict_names_what_did_not_beat_the_baseline(changes, says):
+    found = verdict(summary(**changes))
+    assert (found is None) if says is None else says in found
+    if says and "hardly" not in says:
+        assert found.startswith("did not beat its baseline")
+
+
+def test_overfitting_is_said_only_where_the_loss_turned():
+    assert overfitted(best=-4.0, best_step=1000, last=-3.9, step=5000) is None
+    assert overfitted(best=-4.0, best_step=5000, last=-4.0, step=5000) is None
+    assert "step 1000" in overfitted(best=-4.0, best_step=1000, last=-2.0, step=5000)
+
+
+def test_the_interval_of_the_loss_is_for_rows_however_often_each_is_noised():
+    """Fresh test sets of 100 rows: the interval of the gain covers the gain on 20,000 rows in about 95 percent of cases."""
+    parts = compose(config(data="gmm", data__n=2000, data__std=0.2))
+    # A model that is right at every t, so that the gain is large and its spread is the data's.
+    parts.data.splits["test"] = parts.data.fresh(20_000, torch.Generator().manual_seed(99))
+
+    class Exact(ScoreModel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.sde, self.truth = parts.sde, parts.data.oracle(parts.sde)
+
+        def forward(self, x, t):
+            return self.truth.score(x, t)
+
+        def forward_dual(self, x, t, v):
+            from scoresde_cli import divergence
+
+            return divergence.dual(self.truth, x, t, v)
+
+        def forward_trace(self, x, t):
+            from scoresde_cli import divergence
+
+            return divergence.weighted_trace(self.truth, x, t, None)
+
+    model = Exact()
+    target = losses(parts, model, False, 0, 0)["loss_gain"]["value"]
+    covered = 0
+    for i in range(40):
+        parts.data.splits["test"] = parts.data.fresh(100, torch.Generator().manual_seed(i))
+        low, high = losses(parts, model, False, 0, i)["loss_gain"]["ci"]
+        covered += low <= target <= high
+    # 40 repeats at 93 to 95 percent (a percentile bootstrap of 100 rows is a little short): four binomial deviations.
+    assert covered >= 40 * 0.93 - 4 * math.sqrt(40 * 0.93 * 0.07)
+
+
+def test_a_right_model_of_mixture_data_gets_a_good_report():
+    """The exact score in place of a network: samples at the floor, no score error, a gain, no complaint."""
+    parts = compose(config(data__n=5000))
+    truth = parts.data.oracle(parts.sde)
+    parts.model.forward = truth.score
+    parts.model.forward_trace = lambda x, t: __import__("scoresde_cli.divergence", fromlist=["x"]).weighted_trace(
+        truth, x, t, None
+    )
+    found, samples, held = evaluate(parts, parts.model, parts.sampler, 3000, seed=1, averaged=False, step=0)
+    assert found["score_error"]["value"] < 1e-10  # single precision against double
+    assert found["loss_gain"]["ci"][0] > 0
+    distance = found["sliced_wasserstein"]
+    assert distance["value"] < 1.5 * distance["floor_high"]
+    assert verdict(found) is None
+    assert samples.nfe == 81
+    assert len(held) == 3000
+    assert np.isfinite(distance["ci"]).all()
