@@ -67,6 +67,7 @@ class Settings:
     device: str
     precision: Precision
     threads: Annotated[int, Field(ge=1, le=1024)] | None
+    select: Literal["auto", "last", "best"]
     log_every: PositiveInt
     checkpoint: dict[str, Any]
     eval: dict[str, Any]

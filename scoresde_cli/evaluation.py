@@ -88,7 +88,7 @@ def overfitted(best: float, best_step: int, last: float, step: int) -> str | Non
     if best_step < step and best < 0 and last > 0.9 * best:
         return (
             f"overfitted: the held-out loss gained {-best:.3g} on the baseline at step {best_step}, {-last:.3g} at the end; "
-            "fewer steps, more data, or checkpoint=best when sampling"
+            "fewer steps or more data would use the training better"
         )
     return None
 

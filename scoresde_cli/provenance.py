@@ -1,8 +1,12 @@
-"""Where a run comes from: command line, time, versions, git commit."""
+"""Where a run comes from, and how its facts are written: identity, command line, time, versions, git commit."""
 
+import hashlib
+import json
+import math
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,3 +42,21 @@ def git_state() -> dict[str, Any] | None:
 def command_line() -> list[str]:
     """The command line as typed."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of the science in a config and its seed: what decides the numbers that come out."""
+    aside = ("dir", "resume", "trust", "tracker", "log_every", "checkpoint", "device", "eval", "threads")
+    science = {name: value for name, value in config.items() if name not in aside}
+    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def jsonable(value: Any) -> Any:
+    """Plain data with NaN and infinities as text, so that every line is JSON by the standard."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -7,7 +7,6 @@ are safetensors, the optimiser's state is read with weights_only.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from scoresde_cli import __version__
@@ -27,30 +25,12 @@ from scoresde_cli.compose import Parts
 from scoresde_cli.configs import shipped_targets
 from scoresde_cli.errors import ScoreSDEError, Unreadable, one_line
 from scoresde_cli.networks.model import Gaussian
-from scoresde_cli.provenance import git_state, now, versions
+from scoresde_cli.provenance import git_state, identity, jsonable, now, versions
 from scoresde_cli.stored import Stored, pack_data, unpack_data
 from scoresde_cli.training.state import Checkpoint, checkpoints, step_of, write_durably
 
 FORMAT = 1
 STATUSES = ("running", "finished", "preempted", "failed", "diverged")
-
-
-def identity(config: Mapping[str, Any]) -> str:
-    """Eight hex digits of the science in a config and its seed: what decides the numbers that come out."""
-    aside = ("dir", "resume", "trust", "tracker", "log_every", "checkpoint", "device", "eval", "threads")
-    science = {name: value for name, value in config.items() if name not in aside}
-    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def jsonable(value: Any) -> Any:
-    """Plain data with NaN and infinities as text, so that every line is JSON by the standard."""
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value
 
 
 class RunDir:
@@ -259,27 +239,27 @@ class RunDir:
         return config
 
     def checkpoint(self, device: str | torch.device = "cpu", which: str | int = "last") -> Checkpoint:
-        """A checkpoint, verified: `last`, `best` (least validation loss) or the one of a step."""
-        found = checkpoints(self.path / "checkpoints")
-        if which != "last" and found:
-            step = Checkpoint.read(found[-1], device).facts["best_step"] if which == "best" else which
-            chosen = [p for p in found if step_of(p) == step]
-            if not chosen:
-                raise ScoreSDEError(
-                    f"checkpoint={which}: {self.path} keeps those of steps {', '.join(str(step_of(p)) for p in found)}"
-                )
-            return Checkpoint.read(chosen[0], device)
+        """A checkpoint, verified: `last`, `selected` (the one that was measured), `best` (least validation loss) or a step's."""
+        found = {step_of(p): p for p in checkpoints(self.path / "checkpoints")}
         if not found:
             raise Unreadable(
                 f"run={self.path}: no checkpoint yet (status {self.status()}); go on with resume={self.path}"
             )
+        newest = max(found)
+        if which == "selected":
+            which = self.facts().get("selected", "last")
+        if which == "best":
+            which = Checkpoint.read(found[newest], device).facts["best_step"]
+        step = newest if which == "last" else which
+        if step not in found:
+            kept = ", ".join(map(str, found))
+            raise ScoreSDEError(f"checkpoint={which}: {self.path} keeps those of steps {kept}")
         try:
-            return Checkpoint.read(found[-1], device)
+            return Checkpoint.read(found[step], device)
         except Unreadable as problem:
-            older = (
-                f"; an older one is {found[-2].name}: move {found[-1].name} away to use it" if len(found) > 1 else ""
-            )
-            raise Unreadable(f"{problem}{older}") from problem
+            older = [p.name for n, p in found.items() if n < step]
+            hint = f"; an older one is {older[-1]}: move {found[step].name} away to use it" if older else ""
+            raise Unreadable(f"{problem}{hint}") from problem
 
     def stored_data(self) -> tuple[Stored, Gaussian]:
         """Shape, names and units of the data, and its Gaussian part, without the data."""

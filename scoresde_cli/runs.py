@@ -25,7 +25,7 @@ class Run:
     """
 
     def __init__(
-        self, folder: RunDir, trust: bool = False, device: str | None = None, average: bool = True, which: str | int = "last",
+        self, folder: RunDir, trust: bool = False, device: str | None = None, average: bool = True, which: str | int = "selected",
     ) -> None:  # fmt: skip
         self.path, self.config, self.summary = folder.path, folder.config(trust), folder.summary()
         data, gaussian = folder.stored_data()

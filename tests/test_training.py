@@ -224,3 +224,30 @@ def test_small_steps_take_one_thread_and_the_choice_is_kept(whole, tmp_path, cli
     assert code == 0, err
     assert yaml.safe_load((tmp_path / "two/config.yaml").read_text())["threads"] == 2
     torch.set_num_threads(1)
+
+
+def test_an_overfitted_run_takes_its_best_weights_and_says_so(tmp_path, cli):
+    """Twenty training points and a hard-driven network: the validation loss turns, and the best checkpoint is measured."""
+    common = [a for a in ARGUMENTS if not a.startswith(("steps", "data", "loss"))] + [
+        "data.n=20",
+        "loss=dsm",
+        "ema=null",
+    ]
+    code, out, err = cli(*common, "steps=1500", "optimizer.lr=0.01", "checkpoint.every=100", "dir=run")
+    assert code == 0, err
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "overfitted" in err
+    assert facts["selected"] < 1500
+    assert f"weights of step {facts['selected']} are taken" in out
+    assert summary["loss"]["protocol"]["step"] == facts["selected"]
+    _, out, _ = cli("sample", "run=run", "n=5", "out=a.npz")
+    assert f"of step {facts['selected']}" in out
+    _, out, _ = cli("sample", "run=run", "n=5", "checkpoint=last", "out=b.npz")
+    assert "of step 1500" in out
+    for select in ("best", "last"):
+        code, out, err = cli(*common, f"select={select}", "steps=60", f"dir={select}")
+        assert code == 0, err
+        newest = json.loads((tmp_path / select / "checkpoints/step-0000060/checkpoint.json").read_text())
+        expected = newest["best_step"] if select == "best" else 60
+        assert json.loads((tmp_path / select / "run.json").read_text())["selected"] == expected

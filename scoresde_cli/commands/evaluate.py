@@ -13,8 +13,8 @@ from scoresde_cli.checks import check_call
 from scoresde_cli.commands.sample import pick_sampler
 from scoresde_cli.compose import compose
 from scoresde_cli.errors import Unreadable
-from scoresde_cli.provenance import command_line, now
-from scoresde_cli.rundir import RunDir, jsonable
+from scoresde_cli.provenance import command_line, jsonable, now
+from scoresde_cli.rundir import RunDir
 from scoresde_cli.runs import Run
 from scoresde_cli.tracking import console
 from scoresde_cli.training.state import write_durably
@@ -27,7 +27,7 @@ class Keys:
     run: str
     n: Annotated[int, Field(ge=20, le=10_000_000)]
     seed: NonNegativeInt
-    checkpoint: Literal["last", "best"] | PositiveInt
+    checkpoint: Literal["selected", "last", "best"] | PositiveInt
     average: bool
     device: str
     t_min: Annotated[float, Field(gt=0, lt=1)] | None

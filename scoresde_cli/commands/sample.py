@@ -30,7 +30,7 @@ class Keys:
     n: Annotated[int, Field(ge=1, le=100_000_000)]
     seed: NonNegativeInt
     out: str | None
-    checkpoint: Literal["last", "best"] | PositiveInt
+    checkpoint: Literal["selected", "last", "best"] | PositiveInt
     average: bool
     device: str
     t_min: Annotated[float, Field(gt=0, lt=1)] | None

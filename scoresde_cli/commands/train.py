@@ -20,7 +20,7 @@ from scoresde_cli.tracking.base import Tracker
 from scoresde_cli.tracking.jsonl import JsonLines, read_rows
 from scoresde_cli.tracking.wandb import WandB
 from scoresde_cli.training import loop
-from scoresde_cli.training.state import TrainState, checkpoints, save_checkpoint
+from scoresde_cli.training.state import TrainState, checkpoints, load_weights, save_checkpoint
 from scoresde_cli.training.stop import StopRequest, stop_requests
 
 MAY_CHANGE = ("steps", "max_seconds", "resume", "trust")
@@ -233,9 +233,17 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     s = parts.settings
     model = state.evaluated()
     assert isinstance(model, ScoreModel)
+    turned = evaluation.overfitted(state.best, state.best_step, state.valid, state.step)
+    step = state.step
+    if state.best_step > 0 and (s.select == "best" or (s.select == "auto" and turned)):
+        step = state.best_step
+        chosen = run.checkpoint(parts.device, step)
+        load_weights(model, chosen.model if chosen.average is None else chosen.average)
+        console.note(f"the weights of step {step} are taken: the least validation loss (select={s.select})")
+    run.update(selected=step)
     console.note(f"training done in {state.seconds:.1f} s; sampling and measuring")
     summary, samples, held_out = evaluation.evaluate(
-        parts, model, parts.sampler, s.eval["n"], seed=s.seed, averaged=state.average is not None, step=state.step
+        parts, model, parts.sampler, s.eval["n"], seed=s.seed, averaged=state.average is not None, step=step
     )
     summary["train_seconds"] = evaluation.plain(state.seconds, "s", step=state.step, threads=torch.get_num_threads())
     summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
@@ -253,7 +261,6 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         f"         scoresde train resume={run.path} steps={2 * s.steps}",
     ]
     console.panel(f"{parts.loss.convention(parts.d)}", summary, lines)
-    turned = evaluation.overfitted(state.best, state.best_step, state.valid, state.step)
     for problem in (evaluation.verdict(summary), turned):
         if problem:
             console.warn(problem)
