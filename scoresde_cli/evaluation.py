@@ -16,6 +16,7 @@ from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler, Samples
 from scoresde_cli.training.loop import mean_loss
 
+MANY_PASSES = 30
 Summary = dict[str, dict[str, Any]]
 
 
@@ -83,11 +84,15 @@ def verdict(summary: Summary) -> str | None:
     return None
 
 
-def overfitted(best: float, best_step: int, last: float, step: int) -> str | None:
-    """One line where the validation loss (relative to the baseline's, so negative is good) has turned and risen; else None."""
-    if best_step < step and best < 0 and last > 0.9 * best:
+def overfitted(best: float, best_step: int, last: float, step: int, passes: float) -> str | None:
+    """One line where the validation loss (relative to the baseline's, so negative is good) has turned and risen; else None.
+
+    Only after MANY_PASSES passes over the training rows: before that, what goes up and down is the optimiser's noise, and to
+    pick the best of it would flatter the noisiest method.
+    """
+    if passes >= MANY_PASSES and best_step < step and best < 0 and last > 0.9 * best:
         return (
-            f"overfitted: the held-out loss gained {-best:.3g} on the baseline at step {best_step}, {-last:.3g} at the end; "
+            f"overfitted in {passes:.0f} passes over the data: the held-out loss gained {-best:.3g} on the baseline at step {best_step}, {-last:.3g} at the end; "
             "fewer steps or more data would use the training better"
         )
     return None

@@ -53,9 +53,10 @@ def test_the_verdict_names_what_did_not_beat_the_baseline(changes, says):
 
 
 def test_overfitting_is_said_only_where_the_loss_turned():
-    assert overfitted(best=-4.0, best_step=1000, last=-3.9, step=5000) is None
-    assert overfitted(best=-4.0, best_step=5000, last=-4.0, step=5000) is None
-    assert "step 1000" in overfitted(best=-4.0, best_step=1000, last=-2.0, step=5000)
+    assert overfitted(best=-4.0, best_step=1000, last=-3.9, step=5000, passes=900) is None
+    assert overfitted(best=-4.0, best_step=5000, last=-4.0, step=5000, passes=900) is None
+    assert overfitted(best=-4.0, best_step=1000, last=-2.0, step=5000, passes=15) is None
+    assert "step 1000" in overfitted(best=-4.0, best_step=1000, last=-2.0, step=5000, passes=900)
 
 
 def test_the_interval_of_the_loss_is_for_rows_however_often_each_is_noised():

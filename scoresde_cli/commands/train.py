@@ -233,7 +233,9 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     s = parts.settings
     model = state.evaluated()
     assert isinstance(model, ScoreModel)
-    turned = evaluation.overfitted(state.best, state.best_step, state.valid, state.step)
+    turned = evaluation.overfitted(
+        state.best, state.best_step, state.valid, state.step, state.samples / len(parts.data.splits["train"])
+    )
     step = state.step
     if state.best_step > 0 and (s.select == "best" or (s.select == "auto" and turned)):
         step = state.best_step
