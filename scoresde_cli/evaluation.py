@@ -92,8 +92,8 @@ def overfitted(best: float, best_step: int, last: float, step: int, passes: floa
     """
     if passes >= MANY_PASSES and best_step < step and best < 0 and last > 0.9 * best:
         return (
-            f"overfitted in {passes:.0f} passes over the data: the held-out loss gained {-best:.3g} on the baseline at step {best_step}, {-last:.3g} at the end; "
-            "fewer steps or more data would use the training better"
+            f"overfitted in {passes:.0f} passes over the data: the held-out loss gained {-best:.3g} on the baseline at step "
+            f"{best_step}, {-last:.3g} at the end; fewer steps or more data would use the training better"
         )
     return None
 
