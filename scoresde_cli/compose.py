@@ -240,37 +240,6 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
         )
 
 
-def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
-    """(notes, warnings): what the user should know before the work starts, a line each."""
-    loss, d, s = parts.loss, parts.d, parts.settings
-    notes, warnings = [], []
-    law = getattr(loss, "projection", None)
-    if law is None:
-        ignored = [o for o in overrides if o.split("=")[0] in ("n_proj", "projection")]
-        if ignored:
-            notes.append(f"loss={loss.name} draws no directions: {', '.join(ignored)} has no effect")
-    elif loss.name == "ssm_vr" and s.n_proj >= d:
-        notes.append(f"n_proj={s.n_proj} >= d={d}: the trace is exact ({d} unit directions), no direction is drawn")
-    elif loss.name == "ssm" and s.n_proj >= d:
-        notes.append(f"n_proj={s.n_proj} >= d={d}: loss=ism would be exact for {d} directions; ssm draws as asked")
-    if loss.name == "ssm" and d > 8:
-        warnings.append(
-            f"loss=ssm at d={d}: the variance of (v^T S)^2 grows like d; loss=ssm_vr keeps the square exact"
-        )
-    exact = loss.name == "ssm_vr" and s.n_proj >= d
-    if isinstance(law, projections.Gaussian) and d <= 4 and not exact:
-        warnings.append(f"projection=gaussian at d={d}: about three times the variance of rademacher")
-    if loss.name == "ism" and d > 16:
-        warnings.append(f"loss=ism at d={d}: {d} directions a sample; ssm_vr with 1 to 4 learns as well for less")
-    if loss.second_order and parts.model.parameterisation.warning:
-        warnings.append(parts.model.parameterisation.warning)
-    if parts.optimizer.schedule == "constant" and s.ema is None:
-        warnings.append("a constant learning rate without ema: the last weights carry the noise of the last steps")
-    if s.steps < 2000:
-        warnings.append(f"steps={s.steps}: under 2000 steps score matching is rarely done learning")
-    return notes, warnings
-
-
 def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Gaussian | None = None) -> Parts:
     """All parts of a resolved config, checked against each other. Raises ScoreSDEError before any work starts.
 

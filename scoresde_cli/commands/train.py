@@ -9,8 +9,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from scoresde_cli import evaluation
+from scoresde_cli.advice import advice
 from scoresde_cli.commands.sample import write_samples
-from scoresde_cli.compose import Parts, advice, build, compose, pick_threads
+from scoresde_cli.compose import Parts, build, compose, pick_threads
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.provenance import command_line, now
