@@ -194,15 +194,12 @@ def pick_device(name: str) -> torch.device:
         raise ScoreSDEError(f"device={name}: expected auto, cpu, cuda, cuda:INDEX or mps") from None
 
 
-def build_model(
-    config: Mapping[str, Any], sde: SDE, shape: tuple[int, ...], gaussian: Gaussian, seed: int
-) -> ScoreModel:
-    """The score model with weights that depend on the seed alone."""
+def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int) -> nn.Module:
+    """The network with weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "init").initial_seed())
-        network: nn.Module = build(config["network"], "network", shape=tuple(shape))
-    parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
-    return ScoreModel(network, sde, parameterisation, gaussian)
+        network: nn.Module = build(node, "network", shape=tuple(shape))
+    return network
 
 
 def pick_threads(parts: Parts) -> int:
@@ -259,14 +256,15 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     loss: Loss = build(config["loss"], "loss")
     if data is None:
         data = build(config["data"], "data")
+    parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
     if gaussian is None:
-        covariance = build(config["parameterisation"], "parameterisation").covariance
-        gaussian = fit_gaussian(data.splits["train"], covariance)
+        gaussian = fit_gaussian(data.splits["train"], parameterisation.covariance)
     moments = None
     if "train" in data.splits:  # the baseline is the same whatever the parameterisation makes of the moments
         rows, d = len(data.splits["train"]), int(torch.Size(data.shape).numel())
         moments = fit_gaussian(data.splits["train"], "full" if rows > 10 * d else "isotropic")
-    model = build_model(config, sde, data.shape, gaussian, keys.seed).to(device=device, dtype=dtype)
+    network = build_network(config["network"], data.shape, keys.seed)
+    model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
     match(sde, loss, sampler, model)
     if sampler.t_min < keys.t_min:

@@ -77,9 +77,9 @@ def sort_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str
             continue
         flag, equals, value = word.partition("=")
         if flag not in FLAGS:
-            raise ScoreSDEError(
-                f"{name}: unknown flag {flag}; expected key=value or one of {', '.join(FLAGS)}{nearest(flag, FLAGS)}"
-            )
+            key, known = flag.lstrip("-").replace("-", "_"), configs.dotted_keys(name)
+            hint = f"; keys take no dashes: {key}=..." if key in known else nearest(key, [*known, *FLAGS])
+            raise ScoreSDEError(f"{name}: unknown flag {flag}; expected key=value or one of {', '.join(FLAGS)}{hint}")
         choices = FLAGS[flag]
         flags.append(flag)
         if choices == ():

@@ -169,6 +169,8 @@ WRONG = [
     wrong("train", "=4", says="=4"),
     wrong("train", "--config-dir", "/nowhere", says="/nowhere"),
     wrong("train", "--foo", says="--foo"),
+    wrong("train", "--steps", "5", says="keys take no dashes: steps=..."),
+    wrong("train", "--stesp=5", says="did you mean 'steps'"),
     wrong("train", "steps=[1", says="steps=[1"),
     wrong("train", "steps=1,2", says="needs -m"),
     wrong("train", "+n_proj=3", says="without the plus"),

@@ -136,13 +136,10 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
     with stop_requests() as stop:
         try:
             baseline = gaussian_loss(parts)
-            trackers = [
-                JsonLines(run.path / "metrics.jsonl", state.step),
-                console.Training(parts.settings.steps, parts.settings.max_seconds, state.step, baseline),
-            ]
+            live = console.Training(parts.settings.steps, parts.settings.max_seconds, state.step, baseline)
+            trackers = [JsonLines(run.path / "metrics.jsonl", state.step), live]
             optimise(run, config, parts, state, trackers, tracker, stop)
-            for each in trackers[1:2]:
-                each.finish(0)  # the live line ends before other output begins
+            live.finish(0)  # the live line ends before other output begins
             conclude(run, parts, state, trackers, baseline)
             run.update(status="finished", ended=now())
             code = 0

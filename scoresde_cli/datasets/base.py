@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from scoresde_cli.datasets.oracle import Mixture, Oracle
@@ -12,6 +13,7 @@ from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
 
 Kind = Literal["points", "table", "image"]
+Size = Annotated[int, Field(ge=10)]  # training samples of a law that can be sampled
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,10 @@ from typing import Annotated
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from scoresde_cli.datasets.base import SampledMixture
+from scoresde_cli.datasets.base import SampledMixture, Size
 from scoresde_cli.datasets.oracle import Mixture
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import generator, normal
-
-Size = Annotated[int, Field(ge=10)]
 
 
 class EightGaussians(SampledMixture):

@@ -1,16 +1,14 @@
 """Laws in the plane without a closed-form score, each of about unit variance per coordinate."""
 
 import math
-from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from scoresde_cli.datasets.base import Sampled
+from scoresde_cli.datasets.base import Sampled, Size
 from scoresde_cli.rng import normal, uniform
 
-Size = Annotated[int, Field(ge=10)]
 F64 = torch.float64
 
 
