@@ -6,6 +6,7 @@ from torch import nn
 
 from scoresde_cli import divergence
 from scoresde_cli.identity import randomise
+from scoresde_cli.networks.energy_mlp import EnergyMLP
 from scoresde_cli.networks.mlp import MLP
 from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual
@@ -28,6 +29,22 @@ class Plain(nn.Module):
         return self.net(torch.cat([x.flatten(1), c[:, None]], 1)).reshape(x.shape)
 
 
+class PlainEnergy(nn.Module):
+    """A user's energy: the score by reverse mode, and torch.func's forward mode over it."""
+
+    conservative = True
+
+    def __init__(self, shape):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(torch.Size(shape).numel() + 1, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x, c):
+        def total(y):
+            return self.net(torch.cat([y.flatten(1), c[:, None]], 1)).sum()
+
+        return torch.func.grad(total)(x)
+
+
 NETWORKS = {
     "mlp": lambda s: MLP(s, 16, 3),
     "mlp, one layer": lambda s: MLP(s, 16, 1, "tanh"),
@@ -35,7 +52,11 @@ NETWORKS = {
     "mlp, softplus": lambda s: MLP(s, 16, 2, "softplus"),
     "mlp, elu": lambda s: MLP(s, 16, 2, "elu"),
     "resmlp": lambda s: ResMLP(s, 16, 2),
+    "energy": lambda s: EnergyMLP(s, 16, 3),
+    "energy, one layer": lambda s: EnergyMLP(s, 16, 1, "tanh"),
+    "energy, gelu": lambda s: EnergyMLP(s, 16, 2, "gelu"),
     "plain": Plain,
+    "plain energy": PlainEnergy,
 }
 PARAMETERISATIONS = [Residual("isotropic"), Residual("full"), Eps(), Raw(), X0()]
 
@@ -107,8 +128,8 @@ def test_the_trace_does_not_depend_on_the_chunk():
     model = model_of(NETWORKS["resmlp"], Residual("full"), (7,))
     x, t = batch((7,))
     whole = divergence.weighted_trace(model.network, x, t, None)[1]
-    for elements in (1, 2 * x.numel(), 5 * x.numel()):
-        assert torch.allclose(divergence.weighted_trace(model.network, x, t, None, elements)[1], whole, rtol=1e-12)
+    for chunk in (1, 2, 5):
+        assert torch.allclose(divergence.weighted_trace(model.network, x, t, None, chunk)[1], whole, rtol=1e-12)
 
 
 @pytest.mark.parametrize("make", [MLP, ResMLP])
@@ -155,15 +176,15 @@ def test_conversions_of_fields_agree_with_tweedie():
     assert torch.allclose(found["velocity"], model.sde.velocity(x, t, found["score"]))
 
 
-def test_linear_excess_has_mean_zero_and_is_the_known_part():
+def test_the_linear_part_enters_by_its_trace_where_asked():
     model = ScoreModel(
         Zero(), VP(), Residual(), Gaussian(torch.zeros(3), torch.tensor([0.2, 1.0, 3.0]), torch.eye(3))
     ).double()
     x, t = batch((3,))
     v = normal((4, *x.shape), generator(0, "v"), torch.float64)
-    _, projected = divergence.score_and_projections(model, x, t, v)
+    _, projected = divergence.score_and_projections(model, x, t, v, exact=True)
     _, trace = divergence.score_and_trace(model, x, t)
-    assert torch.allclose(projected + model.linear_excess(x, t, v), trace.expand(4, -1), rtol=1e-10)
+    assert torch.allclose(projected, trace.expand(4, -1), rtol=1e-10)
 
 
 def test_auto_covariance_is_full_for_many_dimensions_and_enough_data():

@@ -37,8 +37,6 @@ class SSMVR(SSM):
             score, trace = divergence.score_and_trace(model, x, t)
         else:
             v = self.directions(x, generator)
-            score, projected = divergence.score_and_projections(model, x, t, v)
-            if hasattr(model, "linear_excess"):
-                projected = projected + model.linear_excess(x, t, v)
+            score, projected = divergence.score_and_projections(model, x, t, v, exact=True)
             trace = projected.mean(0)
         return score.square().flatten(1).sum(1) + 2.0 * trace

@@ -1,9 +1,16 @@
-"""Building blocks of an explicit dual pass: a primal h (B, width) and K tangents dh (K, B, width) side by side.
+"""Building blocks of an explicit dual pass: a primal and its K tangents in one tensor (1 + K, B, width), the primal first.
 
-A linear layer maps (h, dh) to (W h + b, W dh), the tangents in one tall matrix product; an activation maps (u, du) to
-(f(u), f'(u) du). The activation's own reverse pass is written out, with f'', so that a training step costs few kernels:
+A linear layer is one tall matrix product W [u; du_1 .. du_K] for all of them; the activation that follows it adds the bias,
+scales and bends the primal, and multiplies the tangents by the slope. With a = scale (u + shift):
 
-    grad_u  = f'(u) grad_f + f''(u) sum_k grad_k du_k        grad_du_k = f'(u) grad_k
+    [u; du_k] -> [f(a); f'(a) scale du_k]
+
+Its reverse pass is written out, so that a training step costs few kernels besides its matrix products:
+
+    grad_a    = f'(a) grad_0 + f''(a) scale sum_k grad_k du_k          grad_du_k = f'(a) scale grad_k
+    grad_u    = scale grad_a                                           grad_scale = (u + shift) grad_a + f'(a) sum_k grad_k du_k
+
+Under autocast the tall products and their operands are of low precision; a, the slopes and the sums over k stay float32.
 """
 
 import math
@@ -15,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Literal["silu", "gelu", "tanh", "softplus", "elu", "relu", "leaky_relu"]
-Pair = tuple[Tensor, Tensor]
 
 # No curvature: E[2 v^T J v] is right, its gradient is not (the second derivative is zero almost everywhere).
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
@@ -54,31 +60,51 @@ def derivatives(name: Activation, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Activate(torch.autograd.Function):
-    """(u, du) -> (f(u), f'(u) du), differentiable once."""
+    """(stack (1 + K, B, w), shift, scale) -> stack, differentiable once; shift (B, w), scale (B, w) or None for one."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, du: Tensor, name: Activation) -> Pair:
-        f, slope, curvature = derivatives(name, u)
-        ctx.save_for_backward(slope, curvature, du)
-        return f, slope * du
+    def forward(ctx: Any, stack: Tensor, shift: Tensor, scale: Tensor | None, name: Activation) -> Tensor:
+        moved = stack[0] + shift
+        f, slope, curvature = derivatives(name, moved if scale is None else moved * scale)
+        out = torch.empty_like(stack)
+        out[0] = f
+        torch.mul(stack[1:], (slope if scale is None else slope * scale).to(stack.dtype), out=out[1:])
+        ctx.save_for_backward(stack, slope, curvature, scale, None if scale is None else moved)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_f: Tensor, grad_df: Tensor) -> tuple[Tensor, Tensor, None]:
-        slope, curvature, du = ctx.saved_tensors
-        return slope * grad_f + curvature * (grad_df * du).sum(0), slope * grad_df, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        stack, slope, curvature, scale, moved = ctx.saved_tensors
+        bent = (grad[1:] * stack[1:]).sum(0, dtype=slope.dtype)
+        grad_a = slope * grad[0] + curvature * (bent if scale is None else bent * scale)
+        grad_u = grad_a if scale is None else grad_a * scale
+        out = torch.empty_like(stack)
+        out[0] = grad_u
+        torch.mul(grad[1:], (slope if scale is None else slope * scale).to(stack.dtype), out=out[1:])
+        return out, grad_u, None if scale is None else moved * grad_a + slope * bent, None
 
 
-def activation(name: Activation, pair: Pair) -> Pair:
-    """The activation on a primal and its tangents."""
-    return Activate.apply(*pair, name)
+def stack(primal: Tensor, tangents: Tensor) -> Tensor:
+    """(B, *D) and (K, B, *D) in one tensor, each sample flat: (1 + K, B, d)."""
+    return torch.cat([primal.flatten(1).unsqueeze(0), tangents.flatten(2)])
 
 
-def linear(layer: nn.Module, pair: Pair) -> Pair:
-    """The layer on a primal and its tangents: its bias moves the primal only."""
+def split(layer: nn.Linear, stack: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out (B, *D), J v (K, B, *D)) of the last layer."""
+    primal, tangents = torch.split(linear(layer, stack), [1, len(v)])
+    return (primal.squeeze(0) + layer.bias).reshape(x.shape), tangents.reshape(v.shape)
+
+
+def linear(layer: nn.Module, stack: Tensor) -> Tensor:
+    """The layer's matrix on a primal and its tangents; its bias, which moves the primal only, is the next activation's."""
     assert isinstance(layer, nn.Linear)
-    h, dh = pair
-    return layer(h), F.linear(dh, layer.weight)
+    return F.linear(stack, layer.weight)
+
+
+def activation(name: Activation, stack: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
+    """f(scale (u + shift)) and its tangents; shift (w,) or (B, w), scale (B, w)."""
+    return Activate.apply(stack, shift.expand_as(stack[0]), scale, name)
 
 
 def value(name: Activation, u: Tensor) -> Tensor:

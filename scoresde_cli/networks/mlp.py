@@ -30,28 +30,29 @@ class MLP(nn.Module):
         self.activation = activation
         self.embedding = NoiseEmbedding()
         self.first = nn.Linear(d, width)
-        self.level = nn.Linear(self.embedding.features, width, bias=False)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
-        self.gain = nn.ModuleList(nn.Linear(self.embedding.features, width, bias=False) for _ in range(depth - 1))
+        self.level = nn.Linear(self.embedding.features, depth * width, bias=False)
         self.last = nn.Linear(width, d)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
+    def _levels(self, c: Tensor) -> tuple[Tensor, ...]:
+        """E_1 e(c), then 1 + E_i e(c) of each further layer, (B, width) each, by one product."""
+        first, *others = self.level(self.embedding(c)).chunk(1 + len(self.hidden), dim=1)
+        return first, *(1.0 + gain for gain in others)
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        e = self.embedding(c)
-        h = dual.value(self.activation, self.first(x.flatten(1)) + self.level(e))
-        for layer, gain in zip(self.hidden, self.gain, strict=True):
-            h = dual.value(self.activation, layer(h) * (1.0 + gain(e)))
+        shift, *scales = self._levels(c)
+        h = dual.value(self.activation, self.first(x.flatten(1)) + shift)
+        for layer, scale in zip(self.hidden, scales, strict=True):
+            h = dual.value(self.activation, layer(h) * scale)
         return self.last(h).reshape(x.shape)
 
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
-        e = self.embedding(c)
-        u, du = dual.linear(self.first, (x.flatten(1), v.flatten(2)))
-        u = u + self.level(e)
-        for layer, gain in zip(self.hidden, self.gain, strict=True):
-            u, du = dual.linear(layer, dual.activation(self.activation, (u, du)))
-            scale = 1.0 + gain(e)
-            u, du = u * scale, du * scale
-        out, jvp = dual.linear(self.last, dual.activation(self.activation, (u, du)))
-        return out.reshape(x.shape), jvp.reshape(v.shape)
+        shift, *scales = self._levels(c)
+        u = dual.linear(self.first, dual.stack(x, v))
+        h = dual.activation(self.activation, u, self.first.bias + shift)
+        for layer, scale in zip(self.hidden, scales, strict=True):
+            h = dual.activation(self.activation, dual.linear(layer, h), layer.bias, scale)
+        return dual.split(self.last, h, x, v)

@@ -64,6 +64,7 @@ class ScoreModel(nn.Module, FieldModel):
     mean: Tensor
     lam: Tensor
     basis: Tensor | None
+    chunk: int | None = None  # directions that are pushed through the network at a time
 
     def __init__(self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian) -> None:
         super().__init__()
@@ -78,10 +79,12 @@ class ScoreModel(nn.Module, FieldModel):
         self.register_buffer("basis", gaussian.basis if parameterisation.centred else None)
 
     def _turn(self, x: Tensor) -> Tensor:
-        return x if self.basis is None else x @ self.basis
+        with torch.autocast(x.device.type, enabled=False):  # the data's own coordinates keep their digits
+            return x if self.basis is None else x @ self.basis
 
     def _turn_back(self, y: Tensor) -> Tensor:
-        return y if self.basis is None else y @ self.basis.T
+        with torch.autocast(y.device.type, enabled=False):
+            return y if self.basis is None else y @ self.basis.T
 
     def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d)."""
@@ -90,6 +93,9 @@ class ScoreModel(nn.Module, FieldModel):
         if self.parameterisation.centred:
             y = self._turn(y - alpha.unsqueeze(1) * self.mean)
         skip, out, inp = self.parameterisation.coefficients(alpha.unsqueeze(1), sigma.unsqueeze(1), self.lam)
+        if getattr(self.network, "conservative", False):
+            # diag(out) H diag(inp) is symmetric, so the score is still a gradient, where out is a multiple of inp.
+            out = inp * (out / inp).mean(1, keepdim=True)
         return y, 0.5 * torch.log(sigma / alpha), skip, out, inp
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -104,22 +110,25 @@ class ScoreModel(nn.Module, FieldModel):
         """(score (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
         y, c, skip, out, inp = self._prepare(x, t)
         w = self._turn(v.flatten(2))
-        net, jvp = divergence.dual(self.network, (inp * y).reshape(x.shape), c, (inp * w).reshape(v.shape))
+        net, jvp = divergence.dual(self.network, (inp * y).reshape(x.shape), c, (inp * w).reshape(v.shape), self.chunk)
         score = self._turn_back(skip * y + out * net.flatten(1))
         return score.reshape(x.shape), self._turn_back(skip * w + out * jvp.flatten(2)).reshape(v.shape)
+
+    def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """(score (B, *D), v_k^T J v_k (K, B)), in the network's own coordinates; with `exact`, the linear part's trace."""
+        y, c, skip, out, inp = self._prepare(x, t)
+        w = self._turn(v.flatten(2))
+        net, jvp = divergence.dual(self.network, (inp * y).reshape(x.shape), c, (inp * w).reshape(v.shape), self.chunk)
+        score = self._turn_back(skip * y + out * net.flatten(1))
+        linear = skip.sum(1) if exact else (skip * w.square()).sum(2)
+        return score.reshape(x.shape), linear + (out * w * jvp.flatten(2)).sum(2)
 
     def forward_trace(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), tr J (B,)), exact; the trace is taken in the network's own coordinates."""
         y, c, skip, out, inp = self._prepare(x, t)
-        net, trace = divergence.weighted_trace(self.network, (inp * y).reshape(x.shape), c, out * inp)
+        net, trace = divergence.weighted_trace(self.network, (inp * y).reshape(x.shape), c, out * inp, self.chunk)
         score = self._turn_back(skip * y + out * net.flatten(1))
         return score.reshape(x.shape), skip.sum(1) + trace
-
-    def linear_excess(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """tr J_lin - v^T J_lin v (K, B) for the part of the score that is linear in x: known, of mean zero."""
-        skip = self._prepare(x, t)[2]
-        w = self._turn(v.flatten(2))
-        return skip.sum(1) - (skip * w.square()).sum(2)
 
 
 def gaussian_model(sde: SDE, gaussian: Gaussian) -> ScoreModel:

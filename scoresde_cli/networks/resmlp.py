@@ -47,10 +47,9 @@ class ResMLP(nn.Module):
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
         features = self.embedding(c)
-        h, dh = dual.linear(self.first, (x.flatten(1), v.flatten(2)))
+        h, shift = dual.linear(self.first, dual.stack(x, v)), self.first.bias
         for inner, level, outer in zip(self.inner, self.level, self.outer, strict=True):
-            u, du = dual.linear(inner, dual.activation(self.activation, (h, dh)))
-            w, dw = dual.linear(outer, dual.activation(self.activation, (u + level(features), du)))
-            h, dh = h + w, dh + dw
-        out, jvp = dual.linear(self.last, dual.activation(self.activation, (h, dh)))
-        return out.reshape(x.shape), jvp.reshape(v.shape)
+            u = dual.linear(inner, dual.activation(self.activation, h, shift))
+            h = h + dual.linear(outer, dual.activation(self.activation, u, inner.bias + level(features)))
+            shift = shift + outer.bias  # the biases of the residual stream are added up beside it
+        return dual.split(self.last, dual.activation(self.activation, h, shift), x, v)

@@ -1,0 +1,51 @@
+"""Finite-difference sliced score matching (Pang et al., NeurIPS 2020, section 4, the form for score networks, times two).
+
+The step of a direction with E|v|^2 = d is h(t) = step * sigma(t) a coordinate: sigma is the width of the narrowest mode of
+p_t, so the bias, O(step^2) of the loss, is of the same size at every noise level. Halving the step quarters the bias;
+rounding grows like 1/step (float32: 1e-7 |S| sigma d / step). `scripts/experiments/fd_bias.py` measures both.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from scoresde_cli import divergence
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.losses.base import MinTime, Times, Weighting
+from scoresde_cli.losses.ssm import SSM
+from scoresde_cli.projections import Projection
+from scoresde_cli.sdes.base import SDE, Noised
+
+
+class FDSSM(SSM):
+    """mean_k (v_k^T (S_+ + S_-) / 2)^2 + v_k^T (S_+ - S_-) / h, with S_+- = S(x +- h v_k): no derivative of the network in x.
+
+    Args:
+        projection, n_proj: as for SSM.
+        step: h(t) / sigma(t).
+        weighting, half, times, t_min: as for every loss (base.py).
+    """
+
+    name = "fd_ssm"
+    formula = "(v^T (S_+ + S_-)/2)^2 + v^T (S_+ - S_-)/h"
+    second_order = False
+
+    def __init__(
+        self, projection: Projection, n_proj: PositiveInt = 4, step: Annotated[float, Field(gt=0, le=1)] = 0.1,
+        weighting: Weighting = "sigma2", half: bool = False, times: Times = "mixed", t_min: MinTime = 1e-3,
+    ) -> None:  # fmt: skip
+        super().__init__(projection, n_proj, weighting, half, times, t_min)
+        self.step = step
+
+    def tangents(self, d: int) -> int:
+        return 2 * self.n_proj - 1  # 2 n_proj evaluations, and no primal
+
+    def value(
+        self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        v, kernel = self.directions(noised.x_t, generator), sde.kernel()
+        h = self.step * (torch.ones_like(t) if kernel is None else kernel.sigma(t))
+        score, jvp = divergence.finite_difference(model, noised.x_t, t, v, h)
+        return (divergence.inner(v, score, 2).square() + 2.0 * divergence.inner(v, jvp, 2)).mean(0)
