@@ -1,5 +1,6 @@
 """The one place that turns a config into parts and checks that they fit."""
 
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -16,6 +17,7 @@ from scoresde_cli import projections
 from scoresde_cli.checks import check_call
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
+from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import Loss, Times
 from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
 from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian, gaussian_model
@@ -26,8 +28,8 @@ from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training.optimizer import Adam
 
 PathText = Annotated[str, Field(min_length=1)]
-Precision = Literal["fp32", "fp64"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64}
+Precision = Literal["fp32", "fp64", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
 BASES: dict[str, type] = {
     "data": Dataset, "sde": SDE, "network": nn.Module, "parameterisation": Parameterisation, "loss": Loss,
     "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler,
@@ -53,6 +55,13 @@ class EvalKeys:
 
 
 @dataclass(frozen=True)
+class DivergenceKeys:
+    """The keys under `divergence`."""
+
+    chunk: PositiveInt | Literal["auto"] | None
+
+
+@dataclass(frozen=True)
 class Settings:
     """The top-level keys of `train` that are not parts, as conf/train.yaml describes them."""
 
@@ -66,9 +75,11 @@ class Settings:
     ema: Annotated[float, Field(gt=0, lt=1)] | None
     device: str
     precision: Precision
+    compile: bool | Literal["auto"]
     threads: Annotated[int, Field(ge=1, le=1024)] | None
     select: Literal["auto", "last", "best"]
     log_every: PositiveInt
+    divergence: dict[str, Any]
     checkpoint: dict[str, Any]
     eval: dict[str, Any]
     dir: PathText | None = None
@@ -78,11 +89,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of."""
+    """What a run is made of. `field` is the model as the training loss sees it, on the same weights."""
 
     data: Dataset
     sde: SDE
     model: ScoreModel
+    field: FieldModel
     baseline: ScoreModel
     loss: Loss
     optimizer: Adam
@@ -172,7 +184,7 @@ def settings(config: Mapping[str, Any]) -> Settings:
         if name not in fields:
             raise ScoreSDEError(f"unknown key {name}: no such key at the top level{nearest(name, [*fields, *PARTS])}")
     check_call(Settings, given, "")
-    for name, keys in (("checkpoint", CheckpointKeys), ("eval", EvalKeys)):
+    for name, keys in (("divergence", DivergenceKeys), ("checkpoint", CheckpointKeys), ("eval", EvalKeys)):
         check_call(keys, given[name], name)
     return Settings(**given)
 
@@ -200,13 +212,6 @@ def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int) ->
         torch.manual_seed(generator(seed, "init").initial_seed())
         network: nn.Module = build(node, "network", shape=tuple(shape))
     return network
-
-
-def pick_threads(parts: Parts) -> int:
-    """One thread for a step of under 1 GFlop, where a second one gains little and loses much on a busy machine."""
-    weights = sum(p.numel() for p in parts.model.parameters())
-    passes = 1 + parts.loss.tangents(parts.d)
-    return 1 if 6 * weights * parts.settings.batch_size * passes < 1e9 else ALL_THREADS
 
 
 def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
@@ -267,9 +272,15 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
     match(sde, loss, sampler, model)
+    if keys.precision == "bf16" and loss.name == "fd_ssm":
+        raise ScoreSDEError(
+            "precision=bf16 with loss=fd_ssm: differences of two scores have no digit left; take fp32, or ssm"
+        )
+    field = copy.copy(model)
+    field.low = keys.precision == "bf16"
     if sampler.t_min < keys.t_min:
         raise ScoreSDEError(f"sampler.t_min={sampler.t_min}: the score is trained on t >= t_min={keys.t_min}")
     law = getattr(loss, "projection", None)
     if law is not None and type(law).__module__ != projections.__name__:
         projections.check_law(law, data.shape, keys.n_proj, keys.batch_size, dtype, type(law).__name__)
-    return Parts(data, sde, model, baseline, loss, optimizer, sampler, keys, device, dtype)
+    return Parts(data, sde, model, field, baseline, loss, optimizer, sampler, keys, device, dtype)

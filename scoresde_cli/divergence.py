@@ -48,7 +48,7 @@ def in_chunks(
     """(out, pieces): `push` over slices of at most `chunk` directions; more than one are checkpointed (Chen et al. 2016)."""
     slices = [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     if len(slices) > 1 and torch.is_grad_enabled():
-        push = partial(checkpoint, push, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+        push = partial(checkpoint, push, use_reentrant=False, preserve_rng_state=False)
     outs, pieces = zip(*[push(part) for part in slices], strict=True)
     return outs[0], pieces
 
@@ -58,9 +58,7 @@ def inner(a: Tensor, b: Tensor, axes: int) -> Tensor:
     return (a * b).flatten(axes).sum(-1)
 
 
-def score_and_projections(
-    field: Field, x: Tensor, t: Tensor, v: Tensor, exact: bool = False
-) -> tuple[Tensor, Tensor]:
+def score_and_projections(field: Field, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
     """(score (B, *D), v_k^T J v_k (K, B)) for directions v of shape (K, B, *D).
 
     With `exact`, what the field knows of J in closed form enters by its trace instead of its projections: the same

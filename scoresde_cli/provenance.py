@@ -46,7 +46,19 @@ def command_line() -> list[str]:
 
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits of the science in a config and its seed: what decides the numbers that come out."""
-    aside = ("dir", "resume", "trust", "tracker", "log_every", "checkpoint", "device", "eval", "threads")
+    aside = (
+        "dir",
+        "resume",
+        "trust",
+        "tracker",
+        "log_every",
+        "checkpoint",
+        "device",
+        "eval",
+        "threads",
+        "compile",
+        "divergence",
+    )
     science = {name: value for name, value in config.items() if name not in aside}
     return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -24,7 +24,7 @@ LEVELS = [
     {"training", "samplers", "metrics", "likelihood", "identity", "tracking"},
     {"compose"},
     {"stored"},
-    {"rundir", "advice"},
+    {"rundir", "advice", "tuning"},
     {"figures", "evaluation", "runs"},
     {"commands"},
     {"pages", "completion", "hydra_app", "cli"},

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from scoresde_cli import evaluation
 from scoresde_cli.advice import advice
 from scoresde_cli.commands.sample import write_samples
-from scoresde_cli.compose import Parts, build, compose, pick_threads
+from scoresde_cli.compose import Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.provenance import command_line, now
@@ -23,6 +23,7 @@ from scoresde_cli.tracking.wandb import WandB
 from scoresde_cli.training import loop
 from scoresde_cli.training.state import TrainState, checkpoints, load_weights, save_checkpoint
 from scoresde_cli.training.stop import StopRequest, stop_requests
+from scoresde_cli.tuning import settle
 
 MAY_CHANGE = ("steps", "max_seconds", "resume", "trust")
 
@@ -57,11 +58,8 @@ def fresh(
     if expected_data is not None and parts.data.facts.get("sha256") != expected_data.get("sha256"):
         raise ScoreSDEError(f"{parts.data.facts.get('path')}: the data file is not the one that the run was trained on")
     tracker = build(config["tracker"], "tracker")
-    # Kept in the run's config: a resumed or repeated run sums in the same order.
-    threads = parts.settings.threads or pick_threads(parts)
-    config = {**config, "threads": threads}
-    torch.set_num_threads(threads)
     say(parts, overrides)
+    parts, config = settle(parts, config)
     run = RunDir.create(config, folder or parts.settings.dir)
     run.begin(config, parts, command_line())
     with run.lock():
@@ -91,7 +89,6 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
                 kept["tracker"][key.split(".", 1)[1]] = config["tracker"].get(key.split(".", 1)[1])
         parts = compose(kept)
         tracker = build(kept["tracker"], "tracker")
-        torch.set_num_threads(parts.settings.threads or torch.get_num_threads())
         checkpoint = run.checkpoint(parts.device) if checkpoints(run.path / "checkpoints") else None
         done = 0 if checkpoint is None else int(checkpoint.facts["step"])
         if done > parts.settings.steps:
@@ -103,6 +100,7 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
             return 0
         if parts.data.facts.get("sha256") != run.facts()["data"].get("sha256"):
             raise ScoreSDEError(f"resume={run.path}: the data file has changed since the run began")
+        parts, kept = settle(parts, kept, done)
         state = prepare(parts, checkpoint)  # what does not fit is refused before anything is written
         if "steps" in map(key_of, overrides) and parts.optimizer.schedule == "cosine":
             console.note("the cosine schedule now ends at the new number of steps")
@@ -188,8 +186,8 @@ def plan_of(parts: Parts) -> loop.Plan:
         return parts.data.splits[split].to(device=parts.device, dtype=parts.dtype)
 
     return loop.Plan(
-        parts.model, parts.sde, parts.loss, parts.optimizer, resident("train"), resident("valid"), parts.baseline, s.seed, s.steps,
-        s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
+        parts.model, parts.field, parts.sde, parts.loss, parts.optimizer, resident("train"), resident("valid"), parts.baseline,
+        s.seed, s.steps, s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
     )  # fmt: skip
 
 

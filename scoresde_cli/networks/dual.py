@@ -1,7 +1,8 @@
 """Building blocks of an explicit dual pass: a primal and its K tangents in one tensor (1 + K, B, width), the primal first.
 
-A linear layer is one tall matrix product W [u; du_1 .. du_K] for all of them; the activation that follows it adds the bias,
-scales and bends the primal, and multiplies the tangents by the slope. With a = scale (u + shift):
+A linear layer is one tall matrix product W [u; du_1 .. du_K] for all of them, without its bias, which moves the primal only;
+the activation that follows adds it, scales and bends the primal, and multiplies the tangents by the slope. With
+a = scale (u + shift):
 
     [u; du_k] -> [f(a); f'(a) scale du_k]
 
@@ -92,14 +93,8 @@ def stack(primal: Tensor, tangents: Tensor) -> Tensor:
 
 def split(layer: nn.Linear, stack: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(out (B, *D), J v (K, B, *D)) of the last layer."""
-    primal, tangents = torch.split(linear(layer, stack), [1, len(v)])
+    primal, tangents = torch.split(F.linear(stack, layer.weight), [1, len(v)])
     return (primal.squeeze(0) + layer.bias).reshape(x.shape), tangents.reshape(v.shape)
-
-
-def linear(layer: nn.Module, stack: Tensor) -> Tensor:
-    """The layer's matrix on a primal and its tangents; its bias, which moves the primal only, is the next activation's."""
-    assert isinstance(layer, nn.Linear)
-    return F.linear(stack, layer.weight)
 
 
 def activation(name: Activation, stack: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -87,7 +87,9 @@ class EnergyMLP(nn.Module):
             h = torch.cat([f.unsqueeze(0), slope * u[1:]])
             saved.append((u[1:], slope, curvature))
         r = self.last.expand(len(h), len(x), -1)
-        for i, ((weight, _, _), (du, slope, curvature)) in enumerate(zip(reversed(layers), reversed(saved), strict=True)):
+        for i, ((weight, _, _), (du, slope, curvature)) in enumerate(
+            zip(reversed(layers), reversed(saved), strict=True)
+        ):
             bent = curvature * r[0] * du  # of the last layer, r is the constant w, which has no tangent
             r = torch.cat([(slope * r[0]).unsqueeze(0), bent if i == 0 else slope * r[1:] + bent])
             r = F.linear(r, weight.T)

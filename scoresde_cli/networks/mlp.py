@@ -3,6 +3,7 @@
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scoresde_cli.networks import dual
 from scoresde_cli.networks.embedding import NoiseEmbedding
@@ -51,8 +52,9 @@ class MLP(nn.Module):
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
         shift, *scales = self._levels(c)
-        u = dual.linear(self.first, dual.stack(x, v))
+        u = F.linear(dual.stack(x, v), self.first.weight)
         h = dual.activation(self.activation, u, self.first.bias + shift)
         for layer, scale in zip(self.hidden, scales, strict=True):
-            h = dual.activation(self.activation, dual.linear(layer, h), layer.bias, scale)
+            assert isinstance(layer, nn.Linear)
+            h = dual.activation(self.activation, F.linear(h, layer.weight), layer.bias, scale)
         return dual.split(self.last, h, x, v)

@@ -65,6 +65,7 @@ class ScoreModel(nn.Module, FieldModel):
     lam: Tensor
     basis: Tensor | None
     chunk: int | None = None  # directions that are pushed through the network at a time
+    low: bool = False  # the network's matrix products in bfloat16; the linear part and the weights keep their precision
 
     def __init__(self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian) -> None:
         super().__init__()
@@ -79,12 +80,13 @@ class ScoreModel(nn.Module, FieldModel):
         self.register_buffer("basis", gaussian.basis if parameterisation.centred else None)
 
     def _turn(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # the data's own coordinates keep their digits
-            return x if self.basis is None else x @ self.basis
+        return x if self.basis is None else x @ self.basis
 
     def _turn_back(self, y: Tensor) -> Tensor:
-        with torch.autocast(y.device.type, enabled=False):
-            return y if self.basis is None else y @ self.basis.T
+        return y if self.basis is None else y @ self.basis.T
+
+    def _lowered(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.low)
 
     def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d)."""
@@ -100,17 +102,22 @@ class ScoreModel(nn.Module, FieldModel):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         y, c, skip, out, inp = self._prepare(x, t)
-        net = self.network((inp * y).reshape(x.shape), c).flatten(1)
+        with self._lowered(x):
+            net = self.network((inp * y).reshape(x.shape), c).flatten(1)
         return self._turn_back(skip * y + out * net).reshape(x.shape)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         return self(x, t)
 
+    def _push(self, x: Tensor, z: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        with self._lowered(x):
+            return divergence.dual(self.network, z.reshape(x.shape), c, v, self.chunk)
+
     def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
         y, c, skip, out, inp = self._prepare(x, t)
         w = self._turn(v.flatten(2))
-        net, jvp = divergence.dual(self.network, (inp * y).reshape(x.shape), c, (inp * w).reshape(v.shape), self.chunk)
+        net, jvp = self._push(x, inp * y, c, (inp * w).reshape(v.shape))
         score = self._turn_back(skip * y + out * net.flatten(1))
         return score.reshape(x.shape), self._turn_back(skip * w + out * jvp.flatten(2)).reshape(v.shape)
 
@@ -118,7 +125,7 @@ class ScoreModel(nn.Module, FieldModel):
         """(score (B, *D), v_k^T J v_k (K, B)), in the network's own coordinates; with `exact`, the linear part's trace."""
         y, c, skip, out, inp = self._prepare(x, t)
         w = self._turn(v.flatten(2))
-        net, jvp = divergence.dual(self.network, (inp * y).reshape(x.shape), c, (inp * w).reshape(v.shape), self.chunk)
+        net, jvp = self._push(x, inp * y, c, (inp * w).reshape(v.shape))
         score = self._turn_back(skip * y + out * net.flatten(1))
         linear = skip.sum(1) if exact else (skip * w.square()).sum(2)
         return score.reshape(x.shape), linear + (out * w * jvp.flatten(2)).sum(2)
@@ -126,7 +133,8 @@ class ScoreModel(nn.Module, FieldModel):
     def forward_trace(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), tr J (B,)), exact; the trace is taken in the network's own coordinates."""
         y, c, skip, out, inp = self._prepare(x, t)
-        net, trace = divergence.weighted_trace(self.network, (inp * y).reshape(x.shape), c, out * inp, self.chunk)
+        with self._lowered(x):
+            net, trace = divergence.weighted_trace(self.network, (inp * y).reshape(x.shape), c, out * inp, self.chunk)
         score = self._turn_back(skip * y + out * net.flatten(1))
         return score.reshape(x.shape), skip.sum(1) + trace
 

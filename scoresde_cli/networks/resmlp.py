@@ -3,6 +3,7 @@
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scoresde_cli.networks import dual
 from scoresde_cli.networks.embedding import NoiseEmbedding
@@ -46,10 +47,12 @@ class ResMLP(nn.Module):
 
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
-        features = self.embedding(c)
-        h, shift = dual.linear(self.first, dual.stack(x, v)), self.first.bias
+        features, shift = self.embedding(c), torch.as_tensor(self.first.bias)
+        h = F.linear(dual.stack(x, v), self.first.weight)
         for inner, level, outer in zip(self.inner, self.level, self.outer, strict=True):
-            u = dual.linear(inner, dual.activation(self.activation, h, shift))
-            h = h + dual.linear(outer, dual.activation(self.activation, u, inner.bias + level(features)))
+            assert isinstance(inner, nn.Linear)
+            assert isinstance(outer, nn.Linear)
+            u = F.linear(dual.activation(self.activation, h, shift), inner.weight)
+            h = h + F.linear(dual.activation(self.activation, u, inner.bias + level(features)), outer.weight)
             shift = shift + outer.bias  # the biases of the residual stream are added up beside it
         return dual.split(self.last, dual.activation(self.activation, h, shift), x, v)

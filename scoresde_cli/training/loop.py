@@ -1,5 +1,6 @@
 """The training loop. Every step draws from a generator of (seed, step); the loss is read back on logging steps only."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from scoresde_cli.errors import Diverged
 from scoresde_cli.fields import FieldModel
@@ -25,9 +25,13 @@ VALIDATION_ROWS = 2000
 
 @dataclass(frozen=True)
 class Plan:
-    """What the loop needs to know: parts and budgets."""
+    """What the loop needs to know: parts and budgets.
+
+    `field` is the model as the training loss sees it: itself, or of lower precision, or compiled, on the same weights.
+    """
 
     model: ScoreModel
+    field: FieldModel
     sde: SDE
     loss: Loss
     optimizer: Adam
@@ -54,7 +58,7 @@ class Watch:
 
 def start(plan: Plan) -> TrainState:
     """The state before the first step."""
-    average = None if plan.ema is None else AveragedModel(plan.model)
+    average = None if plan.ema is None else copy.deepcopy(plan.model)
     zero = torch.zeros((), dtype=torch.float32, device=plan.train.device)
     return TrainState(plan.model, average, plan.optimizer.build(plan.model.network.parameters()), zero)
 
@@ -81,7 +85,7 @@ def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
-    loss = plan.loss(plan.model, plan.sde, plan.train[rows], source).mean()
+    loss = plan.loss(plan.field, plan.sde, plan.train[rows], source).mean()
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if plan.optimizer.clip is not None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from scoresde_cli.errors import Unreadable, one_line
 
@@ -36,7 +36,7 @@ class TrainState:
     """
 
     model: nn.Module
-    average: AveragedModel | None
+    average: nn.Module | None
     optimizer: torch.optim.Optimizer
     loss_sum: torch.Tensor
     step: int = 0
@@ -49,7 +49,7 @@ class TrainState:
 
     def evaluated(self) -> nn.Module:
         """The weights that are sampled and measured: the average where there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average
 
     def update_average(self, decay: float) -> None:
         """One step of the moving average, corrected for its bias as Adam's moments are (Kingma and Ba 2015, section 3).
@@ -59,8 +59,8 @@ class TrainState:
         """
         if self.average is not None:
             power = decay ** (self.step + 1)
-            self.average.multi_avg_fn = get_ema_multi_avg_fn((decay - power) / (1.0 - power))
-            self.average.update_parameters(self.model)
+            update = get_ema_multi_avg_fn((decay - power) / (1.0 - power))
+            update(list(self.average.parameters()), list(self.model.parameters()), 0)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -94,7 +94,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
     torch.save({"optimizer": state.optimizer.state_dict(), "loss_sum": state.loss_sum}, buffer)
     contents = {"model.safetensors": save(weights(state.model)), "optimizer.pt": buffer.getvalue()}
     if state.average is not None:
-        contents["ema.safetensors"] = save(weights(state.average.module))
+        contents["ema.safetensors"] = save(weights(state.average))
     facts = {
         "format": FORMAT,
         **{name: getattr(state, name) for name in COUNTERS},
@@ -186,8 +186,7 @@ class Checkpoint:
         """Put everything back into a state of the same shape."""
         load_weights(state.model, self.model)
         if state.average is not None and self.average is not None:
-            load_weights(state.average.module, self.average)
-            state.average.n_averaged.fill_(self.facts["step"])
+            load_weights(state.average, self.average)
         self.check_moments(state)
         state.optimizer.load_state_dict(self.optimizer["optimizer"])
         state.loss_sum = self.optimizer["loss_sum"].to(state.loss_sum.device)

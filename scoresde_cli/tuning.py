@@ -1,0 +1,167 @@
+"""What depends on the machine, settled before a run begins and kept in its config: threads, chunk, compilation.
+
+They decide speed, memory and the last bits of the numbers, so a resumed or repeated run takes what the first one found.
+"""
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde_cli import divergence
+from scoresde_cli.compose import ALL_THREADS, Parts
+from scoresde_cli.errors import one_line
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.networks.model import ScoreModel
+from scoresde_cli.rng import generator, normal
+from scoresde_cli.tracking import console
+
+# Seen on two CPU cores, perceptrons of 0.05 to 5 million weights: 7 to 30 s to compile forward and backward, and a step
+# that is 0 to 30 percent shorter. `auto` compiles where a gain of GAIN would repay the wait, and keeps what is faster.
+COMPILE_SECONDS, GAIN = 20.0, 0.1
+MOST_BYTES = 2 << 30  # for the tangents that the backward pass needs, and never more than a quarter of the free memory
+
+
+def settle(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, dict[str, Any]]:
+    """The parts as they will run, `field` compiled or not, and the config with `auto` and null replaced by what was found."""
+    threads = parts.settings.threads or pick_threads(parts)
+    torch.set_num_threads(threads)
+    chunk = parts.settings.divergence["chunk"]
+    plain = parts.field
+    assert isinstance(plain, ScoreModel)
+    plain.chunk = pick_chunk(parts) if chunk == "auto" else chunk
+    field = pick_field(parts, plain, done)
+    found = {"threads": threads, "divergence": {"chunk": plain.chunk}, "compile": field is not plain}
+    return dataclasses.replace(parts, field=field), {**config, **found}
+
+
+def pick_threads(parts: Parts) -> int:
+    """One thread for a step of under 1 GFlop, where a second one gains little and loses much on a busy machine."""
+    weights = sum(p.numel() for p in parts.model.parameters())
+    passes = 1 + parts.loss.tangents(parts.d)
+    return 1 if 6 * weights * parts.settings.batch_size * passes < 1e9 else ALL_THREADS
+
+
+def batch(parts: Parts) -> Tensor:
+    """Training rows enough for one step, on the device."""
+    rows = torch.arange(parts.settings.batch_size) % len(parts.data.splits["train"])
+    return parts.data.splits["train"][rows].to(device=parts.device, dtype=parts.dtype)
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes on the device; on the host, what the kernel and the control group leave to this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        found.append(int(limit) - int(used))  # where there is no limit it says "max"
+    return max(1, min(found))
+
+
+def saved_bytes(field: FieldModel, x: Tensor, t: Tensor, directions: int) -> int:
+    """Bytes that the backward pass of this many directions keeps."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    source = generator(0, "chunk", device=x.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = divergence.score_and_projections(field, x, t, normal((directions, *x.shape), source, x.dtype))
+        size = sum(kept.values())
+        del outputs
+    return size
+
+
+def pick_chunk(parts: Parts) -> int | None:
+    """Directions at a time, all where their activations fit; None for a loss that pushes none."""
+    count = parts.loss.tangents(parts.d)
+    if not parts.loss.second_order or count == 0:
+        return None
+    x = batch(parts)
+    t = torch.full((len(x),), 0.5 * parts.sde.T, device=x.device, dtype=x.dtype)
+    each = max(1, saved_bytes(parts.field, x, t, 2) - saved_bytes(parts.field, x, t, 1))
+    fit = max(1, min(MOST_BYTES, available_memory(parts.device) // 4) // each)
+    chunks = -(-count // fit)
+    return -(-count // chunks)
+
+
+def pick_field(parts: Parts, plain: ScoreModel, done: int) -> FieldModel:
+    """The field of the training loss: compiled where that is asked for, or pays in the steps that are left."""
+    wanted, s = parts.settings.compile, parts.settings
+    if wanted is False:
+        return plain
+    with undisturbed(parts):
+        if wanted == "auto":
+            try:
+                expected = (s.steps - done) * seconds_of(parts, [plain])[0]
+            except Exception:  # what is wrong with a step is said when training begins
+                return plain
+            if GAIN * min(expected, s.max_seconds or expected) < COMPILE_SECONDS:
+                return plain
+        from scoresde_cli.training.compiled import Compiled
+
+        console.note("compiling the training step (compile=false leaves it as it is)")
+        began = time.perf_counter()
+        try:
+            compiled = Compiled(plain)
+            step(parts, compiled)
+        except Exception as problem:
+            console.warn(
+                f"compile={wanted}: not possible here, going on without ({type(problem).__name__}: {one_line(problem)[:160]})"
+            )
+            return plain
+        took = time.perf_counter() - began
+        slow, fast = seconds_of(parts, [plain, compiled], 7)
+        kept = wanted is True or fast < slow
+        console.note(
+            f"compiled in {took:.0f} s: {1e3 * slow:.2f} ms a step without, {1e3 * fast:.2f} ms with"
+            + ("" if kept else "; going on without")
+        )
+        return compiled if kept else plain
+
+
+def step(parts: Parts, field: FieldModel) -> float:
+    """Seconds of one loss and its gradient, on draws that are thrown away."""
+    x0, source = batch(parts), generator(parts.settings.seed, "trial", device=parts.device)
+    began = time.perf_counter()
+    parts.loss(field, parts.sde, x0, source).mean().backward()
+    if parts.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
+def seconds_of(parts: Parts, fields: list[FieldModel], repeats: int = 3) -> list[float]:
+    """The median seconds of a step with each field, taken in turns, after one that warms up."""
+    for field in fields:
+        step(parts, field)
+    times = [[step(parts, field) for field in fields] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+@contextlib.contextmanager
+def undisturbed(parts: Parts) -> Iterator[None]:
+    """Steps in here leave no trace: no gradient, no moved buffer, no random number of the global generator."""
+    buffers = {name: buffer.clone() for name, buffer in parts.model.named_buffers()}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in parts.model.named_buffers():
+                    buffer.copy_(buffers[name])
+            parts.model.zero_grad(set_to_none=True)
