@@ -14,11 +14,13 @@ gradient). No field may mix the samples of a batch.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Field = Callable[[Tensor, Tensor], Tensor]
 ELEMENTS = 1 << 24  # numbers in a chunk of unit directions, where no chunk is given
@@ -27,10 +29,11 @@ ELEMENTS = 1 << 24  # numbers in a chunk of unit directions, where no chunk is g
 def dual(field: Field, x: Tensor, t: Tensor, v: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """The field and its Jacobian-vector products: (out (B, *D), J v (K, B, *D)) for v of shape (K, B, *D).
 
-    At most `chunk` directions at a time, each chunk computed again in the backward pass, so that one is in memory.
+    At most `chunk` directions at a time, each chunk computed again in the backward pass, so that memory holds one.
+    Several chunks give gradients in the field's weights only, not in x.
     """
     if chunk is not None and chunk < len(v):
-        out, pieces = in_chunks(lambda part: dual(field, x, t, v[part]), len(v), chunk)
+        out, pieces = in_chunks(field, lambda part: dual(field, x, t, v[part]), len(v), chunk, x.device)
         return out, torch.cat(pieces)
     if hasattr(field, "forward_dual"):
         return field.forward_dual(x, t, v)
@@ -42,14 +45,44 @@ def dual(field: Field, x: Tensor, t: Tensor, v: Tensor, chunk: int | None = None
     return out[0], jvp
 
 
+class Recomputed(torch.autograd.Function):
+    """`push()` without a memory of it: computed again, under the same autocast, when its gradient in the weights is asked for.
+
+    (Chen et al., arXiv 1604.06174. torch.utils.checkpoint does not work inside torch.func, which the fallback is.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, push: Callable[[], tuple[Tensor, Tensor]], device: str, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.push, ctx.device = push, device
+        ctx.low = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.save_for_backward(*weights)
+        return push()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        enabled, dtype = ctx.low
+        with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled) if enabled else nullcontext():
+            outputs = ctx.push()
+        asked = [out for out in outputs if out.requires_grad]
+        given = [grad for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+        found = torch.autograd.grad(asked, ctx.saved_tensors, given, allow_unused=True)
+        return (None, None, *found)
+
+
 def in_chunks(
-    push: Callable[[slice], tuple[Tensor, Tensor]], count: int, chunk: int
+    field: Field, push: Callable[[slice], tuple[Tensor, Tensor]], count: int, chunk: int, device: torch.device
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(out, pieces): `push` over slices of at most `chunk` directions; more than one are checkpointed (Chen et al. 2016)."""
+    """(out, pieces): `push` over slices of at most `chunk` directions; of several, the backward pass recomputes each."""
     slices = [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
-    if len(slices) > 1 and torch.is_grad_enabled():
-        push = partial(checkpoint, push, use_reentrant=False, preserve_rng_state=False)
-    outs, pieces = zip(*[push(part) for part in slices], strict=True)
+    weights = [p for p in field.parameters() if p.requires_grad] if isinstance(field, nn.Module) else []
+    if len(slices) > 1 and weights and torch.is_grad_enabled():
+        found = [Recomputed.apply(partial(push, part), device.type, *weights) for part in slices]
+    else:
+        found = [push(part) for part in slices]
+    outs, pieces = zip(*found, strict=True)
     return outs[0], pieces
 
 
@@ -91,7 +124,7 @@ def weighted_trace(
         diagonal = jvp.flatten(2).gather(2, index.view(-1, 1, 1).expand(-1, len(x), 1)).squeeze(-1)
         return out, (diagonal if weight is None else diagonal * weight[:, index].T).sum(0)
 
-    out, pieces = in_chunks(push, d, chunk or max(1, ELEMENTS // max(1, x.numel())))
+    out, pieces = in_chunks(field, push, d, chunk or max(1, ELEMENTS // max(1, x.numel())), x.device)
     return out, torch.stack(pieces).sum(0)
 
 

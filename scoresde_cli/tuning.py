@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from scoresde_cli import divergence
 from scoresde_cli.compose import ALL_THREADS, Parts
@@ -71,20 +73,26 @@ def available_memory(device: torch.device) -> int:
     return max(1, min(found))
 
 
-def saved_bytes(field: FieldModel, x: Tensor, t: Tensor, directions: int) -> int:
-    """Bytes that the backward pass of this many directions keeps."""
-    kept: dict[int, int] = {}
+class Created(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is on: at least what the backward pass keeps."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
 
-    source = generator(0, "chunk", device=x.device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = divergence.score_and_projections(field, x, t, normal((directions, *x.shape), source, x.dtype))
-        size = sum(kept.values())
-        del outputs
-    return size
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+def bytes_of(field: FieldModel, x: Tensor, t: Tensor, directions: int) -> int:
+    """Bytes that are made to push this many directions."""
+    v = normal((directions, *x.shape), generator(0, "chunk", device=x.device), x.dtype)
+    with Created() as made:
+        divergence.score_and_projections(field, x, t, v)
+    return made.bytes
 
 
 def pick_chunk(parts: Parts) -> int | None:
@@ -94,7 +102,7 @@ def pick_chunk(parts: Parts) -> int | None:
         return None
     x = batch(parts)
     t = torch.full((len(x),), 0.5 * parts.sde.T, device=x.device, dtype=x.dtype)
-    each = max(1, saved_bytes(parts.field, x, t, 2) - saved_bytes(parts.field, x, t, 1))
+    each = max(1, bytes_of(parts.field, x, t, 2) - bytes_of(parts.field, x, t, 1))
     fit = max(1, min(MOST_BYTES, available_memory(parts.device) // 4) // each)
     chunks = -(-count // fit)
     return -(-count // chunks)

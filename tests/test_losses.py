@@ -9,6 +9,7 @@ from scoresde_cli.datasets.oracle import Oracle
 from scoresde_cli.identity import bonferroni, checks, randomise
 from scoresde_cli.losses.base import draw_times
 from scoresde_cli.losses.dsm import DSM
+from scoresde_cli.losses.fd_ssm import FDSSM
 from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
@@ -40,6 +41,7 @@ MAKERS = {
     "ssm, sphere, n=3": lambda **k: SSM(Sphere(), 3, **k),
     "ssm_vr": lambda **k: SSMVR(Rademacher(), 1, **k),
     "ssm_vr, exact": lambda **k: SSMVR(Rademacher(), 2, **k),
+    "fd_ssm": lambda **k: FDSSM(Rademacher(), 1, step=1e-3, **k),  # its bias, step^2, is below the noise of these tests
     "dsm": lambda **k: DSM(**k),
 }
 every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -97,6 +99,44 @@ def test_gradient_is_unbiased_for_ism(make):
     excess = torch.stack([slope(make(), i) - slope(ISM(), i) for i in range(40)])
     # Forty batches: Student's t with 39 degrees of freedom, two-sided at 1 in 4000.
     assert abs(z(excess)) < 4
+
+
+@torch.no_grad()
+def test_the_bias_of_finite_differences_is_of_order_two():
+    """On the same draws, the excess over ssm falls by four with each halving of the step."""
+    exact, x0 = Oracle(LAW, SDE), data(4000)
+    sliced = SSM(Rademacher(), 2)(exact, SDE, x0, generator(2, "fd"))
+    coarse, fine = (
+        (FDSSM(Rademacher(), 2, step=h)(exact, SDE, x0, generator(2, "fd")) - sliced).mean() for h in (0.02, 0.01)
+    )
+    assert (
+        3.8 < float(coarse / fine) < 4.2
+    )  # the next order is step^2 times the score's fifth derivative: a few percent
+
+
+def test_finite_differences_train_networks_without_curvature():
+    """ReLU: the gradient of fd_ssm is that of dsm in expectation, where that of v^T J v misses the kinks."""
+    gaussian = fit_gaussian(LAW.sample(2000, generator(0, "fit")), "isotropic")
+    model = ScoreModel(randomise(MLP((2,), 16, 2, "relu"), 0), SDE, Residual(), gaussian).double()
+    weights, x0 = list(model.network.parameters()), data(40_000)
+
+    def gradients(loss):
+        found = []
+        for i in range(40):
+            value = loss(model, SDE, x0[i * 1000 : i * 1000 + 1000], generator(i, "relu")).mean()
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)]))
+        return torch.stack(found)
+
+    keys = {"t_min": 0.05, "times": "uniform"}
+    dsm = gradients(DSM(**keys))
+
+    def mean_square_z(loss):
+        excess = gradients(loss) - dsm
+        return float((40 * excess.mean(0).square() / excess.var(0).clamp_min(1e-20)).mean())
+
+    # One in expectation for an unbiased gradient; over 300 weights, of which tens are independent, 2 is three sigma off.
+    assert mean_square_z(FDSSM(Rademacher(), 8, step=0.05, **keys)) < 2
+    assert mean_square_z(SSM(Rademacher(), 8, **keys)) > 50
 
 
 @torch.no_grad()

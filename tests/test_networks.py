@@ -1,5 +1,7 @@
 """Networks, their dual passes and the parameterisations: one contract over networks x parameterisations x shapes."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -132,10 +134,80 @@ def test_the_trace_does_not_depend_on_the_chunk():
         assert torch.allclose(divergence.weighted_trace(model.network, x, t, None, chunk)[1], whole, rtol=1e-12)
 
 
-@pytest.mark.parametrize("make", [MLP, ResMLP])
+@pytest.mark.parametrize("make", [MLP, ResMLP, EnergyMLP])
 def test_an_untrained_network_returns_zero(make):
     x, t = batch((3,))
     assert not make((3,)).double()(x, t).any()
+
+
+@pytest.mark.parametrize("make", [NETWORKS["mlp"], NETWORKS["energy"], Plain])
+def test_gradients_do_not_depend_on_the_chunk_and_memory_does(make):
+    """Chunks are computed again in the backward pass: the same gradient, and less kept for it."""
+    model = model_of(make, Residual("full"), (8,))
+    x, t = batch((8,))
+    v = normal((6, *x.shape), generator(3, "v"), torch.float64)
+
+    def of(chunk):
+        model.chunk, kept = chunk, {}
+
+        def pack(tensor):
+            with contextlib.suppress(RuntimeError):  # the wrapped tensors of torch.func have no storage
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            score, projected = divergence.score_and_projections(model, x, t, v)
+            trace = divergence.score_and_trace(model, x, t)[1]
+            value = score.square().sum() + projected.square().sum() + trace.sum()
+        return torch.autograd.grad(value, list(model.network.parameters()), allow_unused=True), sum(kept.values())
+
+    (whole, much), (parts, little) = of(None), of(2)
+    for a, b in zip(whole, parts, strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-11, atol=1e-11)
+    assert make is Plain or little < 0.5 * much  # torch.func hides its tensors from the hook
+
+
+@pytest.mark.parametrize("make", [NETWORKS["energy"], PlainEnergy])
+@pytest.mark.parametrize("parameterisation", PARAMETERISATIONS, ids=lambda p: f"{name(p)}-{p.covariance}")
+def test_the_score_of_an_energy_is_a_gradient(make, parameterisation):
+    """Its Jacobian is symmetric in every parameterisation; that of a perceptron is not."""
+    x, t = batch((4,))
+
+    def skew(network):
+        J = autograd_jacobian(model_of(network, parameterisation, (4,)), x, t)
+        return float((J - J.mT).abs().max() / J.abs().max())
+
+    assert skew(make) < 1e-12
+    assert skew(NETWORKS["mlp"]) > 1e-3
+
+
+def test_the_field_of_an_energy_network_is_the_gradient_of_its_energy():
+    for make in (NETWORKS["energy"], NETWORKS["energy, one layer"], NETWORKS["energy, gelu"]):
+        network = randomise(make((4,)), 1)
+        x, t = batch((4,))
+        y = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network.energy(y, t).sum(), y)
+        assert torch.allclose(network(x, t), gradient, rtol=1e-12, atol=1e-13)
+
+
+@torch.no_grad()
+def test_finite_differences_converge_with_order_two_and_are_exact_for_a_linear_score():
+    model = model_of(NETWORKS["mlp"], Residual("full"), (4,))
+    x, t = batch((4,))
+    v = normal((3, *x.shape), generator(3, "v"), torch.float64)
+    score, jvp = divergence.dual(model, x, t, v)
+
+    def errors(h):
+        mean, slope = divergence.finite_difference(model, x, t, v, torch.full_like(t, h))
+        return float((mean - score).abs().max()), float((slope - jvp).abs().max())
+
+    for coarse, fine in zip(errors(0.02), errors(0.01), strict=True):
+        assert 3.9 < coarse / fine < 4.1  # the next order is h^2 = 1e-4 smaller, times a ratio of derivatives
+    linear = ScoreModel(Zero(), VP(), Residual(), model.gaussian).double()
+    score, jvp = divergence.dual(linear, x, t, v)
+    mean, slope = divergence.finite_difference(linear, x, t, v, torch.full_like(t, 0.5))
+    assert torch.allclose(mean, score.expand_as(mean), rtol=1e-10)
+    assert torch.allclose(slope, jvp, rtol=1e-10)
 
 
 @pytest.mark.parametrize("sde", [VP(), VE()], ids=name)

@@ -1,5 +1,6 @@
 """The score model: one network, its parameterisation, and the data's Gaussian part."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +86,8 @@ class ScoreModel(nn.Module, FieldModel):
     def _turn_back(self, y: Tensor) -> Tensor:
         return y if self.basis is None else y @ self.basis.T
 
-    def _lowered(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.low)
+    def _lowered(self, x: Tensor) -> AbstractContextManager[None]:
+        return torch.autocast(x.device.type, torch.bfloat16) if self.low else nullcontext()
 
     def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d)."""

@@ -1,0 +1,399 @@
+"""Speed and memory, side by side in one run: what each area takes against a reference, as ratios.
+
+Contenders of a table take turns, so that a busy machine slows all of them alike; a ratio is taken turn by turn, and its
+median is given with its quartiles. The areas:
+
+    step     a whole training step of loss=ssm (draws, loss, gradient, clipping, Adam) against the published algorithm, which
+             copies the batch n_proj times and differentiates twice in reverse (Song et al., UAI 2019), and against the bare
+             matrix products of 1 + n_proj passes, forward and backward
+    trace    loss=ism and its gradient against one reverse pass a dimension
+    loop     what `scoresde train` does in a step (averaging, logging, W&B offline, validation, checkpoints) against the bare step
+    sample   the sampling loop: blocks, one large batch, compiled
+    startup  the command line against `import torch`
+    memory   peak memory of a step above what stood before it, against the published algorithm
+
+usage: scripts/bench [AREA ...] [--threads N] [--repeats N] [--seconds S] [--json FILE] [--small]
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ["WANDB_MODE"] = "offline"
+
+import torch
+
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.losses.ism import ISM
+from scoresde_cli.losses.ssm import SSM
+from scoresde_cli.networks.mlp import MLP
+from scoresde_cli.networks.model import ScoreModel, fit_gaussian
+from scoresde_cli.networks.parameterisation import Residual
+from scoresde_cli.projections import Rademacher
+from scoresde_cli.rng import generator, normal
+from scoresde_cli.sdes.vp import VP
+from scoresde_cli.training import loop
+from scoresde_cli.training.compiled import Compiled
+from scoresde_cli.training.optimizer import Adam
+
+Contenders = dict[str, Callable[[], object]]
+CASES = ((2, 128, 512), (64, 512, 256), (784, 1024, 128))
+DIRECTIONS = (1, 4, 16)
+
+
+@dataclass
+class Row:
+    """One contender in one case; ratio = seconds of the first contender / its own, so more is faster."""
+
+    area: str
+    case: str
+    name: str
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+    note: str = ""
+
+
+class PublishedSSM(SSM):
+    """The sliced loss as published: the batch copied n_proj times, v^T J by reverse mode, and reverse mode through that."""
+
+    def value(self, model, sde, x0, noised, t, generator):
+        v = self.directions(noised.x_t, generator)
+        x = noised.x_t.repeat(len(v), *[1] * (noised.x_t.ndim - 1)).requires_grad_()
+        score = model.score(x, t.repeat(len(v)))
+        projected = (score * v.flatten(0, 1)).flatten(1).sum(1)
+        gradient = torch.autograd.grad(projected.sum(), x, create_graph=True)[0]
+        curvature = (gradient * v.flatten(0, 1)).flatten(1).sum(1)
+        return (projected.square() + 2.0 * curvature).view(len(v), -1).mean(0)
+
+
+class ReverseISM(ISM):
+    """The exact trace by one reverse pass a dimension."""
+
+    def value(self, model, sde, x0, noised, t, generator):
+        x = noised.x_t.detach().requires_grad_()
+        score = model.score(x, t)
+        trace = sum(
+            torch.autograd.grad(score[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(score.shape[1])
+        )
+        return score.square().sum(1) + 2.0 * trace
+
+
+def plan_for(d: int, width: int, batch: int, loss, *, low: bool = False, depth: int = 4) -> loop.Plan:
+    """A training plan on random data: an MLP with `depth` hidden layers of SiLU, not at zero."""
+    x = normal((4096, d), generator(0, "data"))
+    torch.manual_seed(0)
+    network = MLP((d,), width, depth)
+    torch.nn.init.normal_(network.last.weight, std=width**-0.5)
+    model = ScoreModel(network, VP(), Residual(), fit_gaussian(x, "auto")).float()
+    model.low = low
+    return loop.Plan(
+        model, model, model.sde, loss, Adam(), x, x[:500], model, 0, 10**9, None, batch, None, 50, 1000,
+    )  # fmt: skip
+
+
+def stepper(plan: loop.Plan, compiled: bool = False) -> Callable[[], object]:
+    if compiled:
+        plan = replace(plan, field=Compiled(plan.model))
+    state = loop.start(plan)
+    return lambda: loop.train_step(plan, state, 1e-6)
+
+
+def products(d: int, width: int, rows: int) -> Callable[[], object]:
+    """The matrix products of one step alone, with 4 hidden layers: forward, and both of the backward pass."""
+    sizes = (d, width, width, width, width, d)
+    layers = [(torch.randn(rows, a), torch.randn(b, a), torch.randn(rows, b)) for a, b in itertools.pairwise(sizes)]
+
+    def run() -> None:
+        for i, (x, w, g) in enumerate(layers):
+            torch.nn.functional.linear(x, w)
+            torch.mm(g.T, x)
+            if i > 0:  # the data needs no gradient
+                torch.mm(g, w)
+
+    return run
+
+
+def gradient_of(plan: loop.Plan, field: FieldModel | None = None) -> torch.Tensor:
+    """The gradient of one step's loss, flat."""
+    weights = list(plan.model.network.parameters())
+    value = plan.loss(field or plan.model, plan.sde, plan.train[: plan.batch_size], generator(0, "same")).mean()
+    grads = torch.autograd.grad(value, weights, allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+def off_by(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def in_turns(contenders: Contenders, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of a call, `repeats` of them for each contender, each over about `seconds` of calls."""
+    counts = {}
+    for name, call in contenders.items():
+        call(), call()
+        began = time.perf_counter()
+        call()
+        counts[name] = max(1, round(seconds / (time.perf_counter() - began)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            began = time.perf_counter()
+            for _ in range(counts[name]):
+                call()
+            times[name].append((time.perf_counter() - began) / counts[name])
+    return times
+
+
+def rows_of(area: str, case: str, times: dict[str, list[float]], notes: dict[str, str] | None = None) -> list[Row]:
+    first = next(iter(times.values()))
+    rows = []
+    for name, found in times.items():
+        ratios = [a / b for a, b in zip(first, found, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        row = Row(area, case, name, statistics.median(found), statistics.median(ratios), low, high)
+        rows.append(replace(row, note=(notes or {}).get(name, "")))
+    return rows
+
+
+def step_area(options) -> list[Row]:
+    rows = []
+    for d, width, batch in options.cases:
+        for k in options.directions:
+            ours, published = SSM(Rademacher(), k), PublishedSSM(Rademacher(), k)
+            plan = plan_for(d, width, batch, ours)
+            error = off_by(gradient_of(plan), gradient_of(plan_for(d, width, batch, published)))
+            assert error < 1e-3, f"the two gradients differ by {error}"
+            contenders: Contenders = {
+                "published": stepper(plan_for(d, width, batch, published)),
+                "fp32": stepper(plan),
+                "fp32 compiled": stepper(plan_for(d, width, batch, ours), compiled=True),
+            }
+            if width >= 512 or options.small:
+                contenders["bf16"] = stepper(plan_for(d, width, batch, ours, low=True))
+                contenders["bf16 compiled"] = stepper(plan_for(d, width, batch, ours, low=True), compiled=True)
+            contenders["bare products, fp32"] = products(d, width, (1 + k) * batch)
+            times = in_turns(contenders, options.repeats, options.seconds)
+            over = statistics.median(a / b for a, b in zip(times["fp32"], times["bare products, fp32"], strict=True))
+            notes = {"fp32": f"{over:.2f} of the bare products; gradient equal to {error:.0e}"}
+            rows += rows_of("step", f"d={d} width={width} batch={batch} n_proj={k}", times, notes)
+    return rows
+
+
+def trace_area(options) -> list[Row]:
+    rows = []
+    for d, width, batch in ((8, 32, 16),) if options.small else ((16, 128, 256), (64, 512, 64)):
+        plan, reverse = plan_for(d, width, batch, ISM()), plan_for(d, width, batch, ReverseISM())
+        error = off_by(gradient_of(plan), gradient_of(reverse))
+        pieces = plan_for(d, width, batch, ISM())
+        pieces.model.chunk = d // 4
+        contenders: Contenders = {
+            "d reverse passes": stepper(reverse), "unit tangents": stepper(plan), "unit tangents in 4 chunks": stepper(pieces),
+        }  # fmt: skip
+        times = in_turns(contenders, options.repeats, options.seconds)
+        notes = {"unit tangents": f"gradient equal to {error:.0e}"}
+        rows += rows_of("trace", f"d={d} width={width} batch={batch}", times, notes)
+    return rows
+
+
+def composed(*overrides: str):
+    """The parts of a run, by the configs of the package."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from scoresde_cli import compose as composition
+    from scoresde_cli import configs
+
+    with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+    return composition.compose(config), config
+
+
+def loop_area(options) -> list[Row]:
+    """The default run: `steps` steps with all that the command does around them, and the same steps bare."""
+    from scoresde_cli.commands.train import optimise, plan_of
+    from scoresde_cli.rundir import RunDir
+    from scoresde_cli.tracking import console
+    from scoresde_cli.tracking.jsonl import JsonLines
+    from scoresde_cli.tracking.wandb import WandB
+    from scoresde_cli.training.stop import StopRequest
+
+    steps = 100 if options.small else 1000
+    rows = []
+    for loss in ("ssm_vr", "ssm"):
+        overrides = [f"loss={loss}", f"steps={steps}", f"checkpoint.every={steps}", "device=cpu", "compile=false"]
+        parts, config = composed(*overrides)
+        bare = replace(plan_of(parts), ema=None)
+        state = loop.start(bare)
+
+        def bare_steps(bare=bare, state=state) -> None:
+            for _ in range(steps):
+                loop.train_step(bare, state, 1e-6)
+
+        with tempfile.TemporaryDirectory() as folder:
+            quiet = console.out.quiet
+            console.out.quiet = True
+            times: dict[str, list[float]] = {"bare step": [], "scoresde train": []}
+            for i in range(options.repeats):
+                began = time.perf_counter()
+                bare_steps()
+                times["bare step"].append((time.perf_counter() - began) / steps)
+                run = RunDir.create(config, f"{folder}/{i}")
+                run.begin(config, parts, [])
+                wandb = WandB(mode="offline")
+                trackers = [JsonLines(run.path / "metrics.jsonl", 0), console.Training(steps, None, 0, 0.0), wandb]
+                wandb.begin(run.path, config, None)  # once a run, not once a step
+                fresh = loop.start(plan_of(parts))
+                began = time.perf_counter()
+                optimise(run, config, parts, fresh, trackers, wandb, StopRequest())
+                times["scoresde train"].append((time.perf_counter() - began) / steps)
+                for tracker in trackers:
+                    tracker.finish(0)
+            console.out.quiet = quiet
+        rows += rows_of("loop", f"defaults, loss={loss}, {steps} steps", times)
+    return rows
+
+
+def sample_area(options) -> list[Row]:
+    from scoresde_cli.samplers import base
+    from scoresde_cli.samplers.heun_ode import HeunODE
+
+    n, sampler = 512 if options.small else 4096, HeunODE()
+
+    def draw(field: FieldModel, d: int, block: int) -> Callable[[], object]:
+        def run() -> None:
+            kept, base.BLOCK = base.BLOCK, block
+            sampler.sample(field, VP(), (d,), n, 0)
+            base.BLOCK = kept
+
+        return run
+
+    rows = []
+    for d, width in ((2, 16),) if options.small else ((2, 128), (64, 512)):
+        model = plan_for(d, width, 256, SSM(Rademacher(), 1), depth=3).model
+        blocks = (64,) if options.small else (64, 256, 1024, 4096)
+        contenders: Contenders = {f"blocks of {block}": draw(model, d, block) for block in blocks}
+        contenders[f"blocks of {base.BLOCK}, compiled"] = draw(Compiled(model), d, base.BLOCK)
+        times = in_turns(contenders, options.repeats, 0.0)
+        rows += rows_of("sample", f"d={d} width={width} n={n}, {sampler.steps} Heun steps", times)
+    return rows
+
+
+def startup_area(options) -> list[Row]:
+    commands = {
+        "import torch": [sys.executable, "-c", "import torch"],
+        "scoresde --help": [sys.executable, "-m", "scoresde_cli", "--help"],
+        "scoresde train --help": [sys.executable, "-m", "scoresde_cli", "train", "--help"],
+        "scoresde train --cfg job": [sys.executable, "-m", "scoresde_cli", "train", "--cfg", "job"],
+        "scoresde list": [sys.executable, "-m", "scoresde_cli", "list"],
+    }
+    contenders = {
+        name: lambda command=command: subprocess.run(command, capture_output=True, check=True)
+        for name, command in commands.items()
+    }
+    return rows_of("startup", "seconds of a process", in_turns(contenders, options.repeats, 0.0))
+
+
+def peak_of_a_step(name: str, d: int, width: int, batch: int, k: int) -> None:
+    """In a process of its own: print the bytes of the second step's peak above what stood before it."""
+    loss = (PublishedSSM if name == "published" else SSM)(Rademacher(), k)
+    step = stepper(plan_for(d, width, batch, loss, low=name.startswith("bf16")), compiled=name.endswith("compiled"))
+    step()
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    step()
+    print(status("VmHWM") - before)
+
+
+def memory_area(options) -> list[Row]:
+    if not Path("/proc/self/clear_refs").exists():
+        print("memory: not measured, it needs Linux's /proc")
+        return []
+    rows = []
+    cases = [(*case, k) for case in options.cases for k in options.directions if k > 1]
+    for case in cases:
+        names = ["published", "fp32", "fp32 compiled"] + (["bf16"] if case[1] >= 512 else [])
+        found = {}
+        for name in names:
+            command = [sys.executable, __file__, "--peak", name, *map(str, case), "--threads", str(options.threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[name] = [max(1, int(done.stdout))]
+        d, width, batch, k = case
+        notes = {
+            name: f"{bytes[0] / 2**20:.0f} MiB, {bytes[0] / found['published'][0]:.2f} of the published"
+            for name, bytes in found.items()
+        }
+        rows += rows_of("memory", f"d={d} width={width} batch={batch} n_proj={k}", found, notes)
+    return [replace(row, seconds=0.0) for row in rows]
+
+
+AREAS = {
+    "step": step_area, "trace": trace_area, "loop": loop_area, "sample": sample_area, "startup": startup_area,
+    "memory": memory_area,
+}  # fmt: skip
+
+
+def show(rows: list[Row]) -> None:
+    """A Markdown table."""
+    print(f"\n| {rows[0].area} | | time | faster than the first by (quartiles) | |\n| --- | --- | --- | --- | --- |")
+    case = None
+    for row in rows:
+        took = "" if row.seconds == 0 else f"{1e3 * row.seconds:.3g} ms"
+        shown = "" if row.case == case else row.case
+        print(f"| {shown} | {row.name} | {took} | {row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) | {row.note} |")
+        case = row.case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("areas", nargs="*", metavar="AREA", help=f"of {', '.join(AREAS)}; none for all")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
+    parser.add_argument("--repeats", type=int, default=9, help="turns of each contender")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of calls in a turn")
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    parser.add_argument("--small", action="store_true", help="tiny cases, one turn: does it run at all?")
+    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        peak_of_a_step(options.peak[0], *map(int, options.peak[1:]))
+        return
+    unknown = [area for area in options.areas if area not in AREAS]
+    if unknown:
+        parser.error(f"no area {unknown[0]!r}; expected some of {', '.join(AREAS)}")
+    options.cases, options.directions = ((3, 16, 8),) if options.small else CASES, (2,) if options.small else DIRECTIONS
+    if options.small:
+        options.repeats, options.seconds = 1, 0.0
+    rows: list[Row] = []
+    for area in options.areas or AREAS:
+        found = AREAS[area](options)
+        rows += found
+        if found:
+            show(found)
+    if options.json:
+        facts = {
+            "torch": torch.__version__,
+            "threads": options.threads,
+            "cores": os.cpu_count(),
+            "rows": [asdict(r) for r in rows],
+        }
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
