@@ -45,7 +45,9 @@ def check_call(target: Callable[..., Any], given: Mapping[str, Any], where: str,
             ).validate_python(value, strict=True)
         except ValidationError as problem:
             error = problem.errors()[0]
-            expected = error["msg"].removeprefix("Input should be ")
+            expected = " or ".join(
+                e["msg"].removeprefix("Input should be ") for e in problem.errors()
+            )  # one of a union each
             choices = [c.strip("' ") for c in expected.replace(" or ", ",").split(",")]
             near = nearest(value, choices) if isinstance(value, str) and error["type"] == "literal_error" else ""
             raise ScoreSDEError(f"{prefix}{name}={value}: expected {expected}{near}") from None

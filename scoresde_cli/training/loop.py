@@ -86,13 +86,8 @@ def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
     loss = plan.loss(plan.field, plan.sde, plan.train[rows], source).mean()
-    state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if plan.optimizer.clip is not None:
-        torch.nn.utils.clip_grad_norm_(plan.model.network.parameters(), plan.optimizer.clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
+    plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
         state.update_average(plan.ema)
     state.step += 1

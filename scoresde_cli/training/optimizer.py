@@ -37,6 +37,16 @@ class Adam:
             fused=parameters[0].device.type in ("cpu", "cuda"),
         )  # fmt: skip
 
+    def apply(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Clip the gradients, take one step at this learning rate, and drop the gradients. Nothing is read back."""
+        (group,) = optimizer.param_groups
+        group["lr"] = rate
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(group["params"], self.clip)
+        optimizer.step()
+        for p in group["params"]:
+            p.grad = None
+
     def rate(self, step: int, progress: float) -> float:
         """The learning rate of a step, `progress` in [0, 1] of the budget behind it."""
         decay = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))) if self.schedule == "cosine" else 1.0
