@@ -102,8 +102,9 @@ def pick_chunk(parts: Parts) -> int | None:
         return None
     x = batch(parts)
     t = torch.full((len(x),), 0.5 * parts.sde.T, device=x.device, dtype=x.dtype)
-    each = max(1, bytes_of(parts.field, x, t, 2) - bytes_of(parts.field, x, t, 1))
-    fit = max(1, min(MOST_BYTES, available_memory(parts.device) // 4) // each)
+    one, two = (bytes_of(parts.field, x, t, directions) for directions in (1, 2))
+    budget = min(MOST_BYTES, available_memory(parts.device) // 4)
+    fit = max(1, 1 + (budget - one) // max(1, two - one))
     chunks = -(-count // fit)
     return -(-count // chunks)
 

@@ -8,7 +8,7 @@ import torch
 
 from scoresde_cli.datasets.oracle import Mixture, Oracle
 from scoresde_cli.rng import generator
-from scoresde_cli.samplers.base import BLOCK
+from scoresde_cli.samplers.base import block_rows
 from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
 from scoresde_cli.samplers.euler_ode import EulerODE
 from scoresde_cli.samplers.heun_ode import HeunODE
@@ -36,7 +36,7 @@ def test_order_of_convergence_on_the_exact_flow(make, order, nfe):
     for steps in counts:
         sampler = make(steps, 1.0, False, t_min)
         found = sampler.sample(oracle, sde, (2,), 64, 0, dtype=torch.float64)
-        start = sde.sample_prior((BLOCK, 2), generator(0, "sample", 0), torch.float64)[:64]
+        start = sde.sample_prior((block_rows(2), 2), generator(0, "sample", 0), torch.float64)[:64]
 
         def var(t):
             t = torch.tensor([t], dtype=torch.float64)
@@ -105,10 +105,11 @@ def test_sample_i_does_not_depend_on_how_many_are_drawn(make, order, nfe):
     def draw(n):
         return make(5).sample(oracle, sde, (2,), n, 3).x
 
-    many = draw(BLOCK + 30)
+    rows = block_rows(2)
+    many = draw(rows + 30)
     assert torch.equal(draw(7), many[:7])
-    assert torch.equal(draw(BLOCK + 1), many[: BLOCK + 1])
-    assert not torch.equal(many[:30], many[BLOCK:])
+    assert torch.equal(draw(rows + 1), many[: rows + 1])
+    assert not torch.equal(many[:30], many[rows:])
 
 
 def test_the_grid_ends_at_t_min_and_is_finer_there():

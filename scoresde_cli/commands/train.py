@@ -243,7 +243,14 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     summary, samples, held_out = evaluation.evaluate(
         parts, model, parts.sampler, s.eval["n"], seed=s.seed, averaged=state.average is not None, step=step
     )
-    summary["train_seconds"] = evaluation.plain(state.seconds, "s", step=state.step, threads=torch.get_num_threads())
+    summary["train_seconds"] = evaluation.plain(
+        state.seconds,
+        "s",
+        step=state.step,
+        threads=torch.get_num_threads(),
+        precision=s.precision,
+        compiled=not isinstance(parts.field, ScoreModel),
+    )
     summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary["peak_memory_mb"] = evaluation.plain(peak, "MB", of="the process, host memory")

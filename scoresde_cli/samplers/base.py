@@ -1,7 +1,7 @@
 """One loop for all samplers; a sampler is its `step` from t to a smaller s.
 
-Samples are made in blocks of BLOCK rows, each with a generator of its own, and a block is always computed whole: sample
-i depends on the seed and on i alone, bit for bit, however many are asked for.
+Samples are made in blocks of rows (as many as their size asks for), each with a generator of its own, and a block is always
+computed whole: sample i depends on the seed and on i alone, bit for bit, however many are asked for.
 """
 
 import itertools
@@ -18,7 +18,10 @@ from scoresde_cli.fields import FieldModel
 from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
 
-BLOCK = 256
+
+def block_rows(d: int) -> int:
+    """Rows of a block: a thousand where a sample is small (scripts/bench sample), fewer where a few are asked for at some cost."""
+    return 1024 if d <= 256 else 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Sampler(ABC):
     ) -> Samples:  # fmt: skip
         """n samples (n, *shape) in model coordinates. `progress` is called with the number of samples that are done."""
         parts, nfe, times = [], 0, self.grid(sde.T).to(device=device, dtype=dtype)
-        for block in range(-(-n // BLOCK)):
+        rows = block_rows(torch.Size(shape).numel())
+        for block in range(-(-n // rows)):
             nfe = 0
             source = generator(seed, "sample", block, device=device)
 
@@ -76,12 +80,12 @@ class Sampler(ABC):
                 nfe += 1
                 return model.fields(x, t, {name})[name]
 
-            x = sde.sample_prior((BLOCK, *shape), source, dtype)
+            x = sde.sample_prior((rows, *shape), source, dtype)
             for t, s in itertools.pairwise(times):
-                x = self.step(fields, sde, x, t.expand(BLOCK), s.expand(BLOCK), source)
+                x = self.step(fields, sde, x, t.expand(rows), s.expand(rows), source)
             if self.denoise:
-                x = fields(x, times[-1].expand(BLOCK), "x0")
+                x = fields(x, times[-1].expand(rows), "x0")
             parts.append(x)
             if progress is not None:
-                progress(min(n, (block + 1) * BLOCK))
+                progress(min(n, (block + 1) * rows))
         return Samples(torch.cat(parts)[:n], nfe)

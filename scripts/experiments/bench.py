@@ -192,7 +192,7 @@ def step_area(options) -> list[Row]:
 
 def trace_area(options) -> list[Row]:
     rows = []
-    for d, width, batch in ((8, 32, 16),) if options.small else ((16, 128, 256), (64, 512, 64)):
+    for d, width, batch in ((8, 32, 16),) if options.small else ((64, 128, 64), (64, 128, 256), (64, 512, 64)):
         plan, reverse = plan_for(d, width, batch, ISM()), plan_for(d, width, batch, ReverseISM())
         error = off_by(gradient_of(plan), gradient_of(reverse))
         pieces = plan_for(d, width, batch, ISM())
@@ -200,6 +200,7 @@ def trace_area(options) -> list[Row]:
         contenders: Contenders = {
             "d reverse passes": stepper(reverse), "unit tangents": stepper(plan), "unit tangents in 4 chunks": stepper(pieces),
         }  # fmt: skip
+        contenders["bare products, fp32"] = products(d, width, (1 + d) * batch)
         times = in_turns(contenders, options.repeats, options.seconds)
         notes = {"unit tangents": f"gradient equal to {error:.0e}"}
         rows += rows_of("trace", f"d={d} width={width} batch={batch}", times, notes)
@@ -272,9 +273,9 @@ def sample_area(options) -> list[Row]:
 
     def draw(field: FieldModel, d: int, block: int) -> Callable[[], object]:
         def run() -> None:
-            kept, base.BLOCK = base.BLOCK, block
+            kept, base.block_rows = base.block_rows, lambda d: block
             sampler.sample(field, VP(), (d,), n, 0)
-            base.BLOCK = kept
+            base.block_rows = kept
 
         return run
 
@@ -283,7 +284,7 @@ def sample_area(options) -> list[Row]:
         model = plan_for(d, width, 256, SSM(Rademacher(), 1), depth=3).model
         blocks = (64,) if options.small else (64, 256, 1024, 4096)
         contenders: Contenders = {f"blocks of {block}": draw(model, d, block) for block in blocks}
-        contenders[f"blocks of {base.BLOCK}, compiled"] = draw(Compiled(model), d, base.BLOCK)
+        contenders[f"blocks of {base.block_rows(d)}, compiled"] = draw(Compiled(model), d, base.block_rows(d))
         times = in_turns(contenders, options.repeats, 0.0)
         rows += rows_of("sample", f"d={d} width={width} n={n}, {sampler.steps} Heun steps", times)
     return rows
@@ -331,7 +332,9 @@ def memory_area(options) -> list[Row]:
         found = {}
         for name in names:
             command = [sys.executable, __file__, "--peak", name, *map(str, case), "--threads", str(options.threads)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            # What is freed goes back to the kernel at once, so that the resident set is what is in use.
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             found[name] = [max(1, int(done.stdout))]
         d, width, batch, k = case
         notes = {

@@ -1,0 +1,222 @@
+"""What the machine decides: chosen within its bounds, kept in the config, and never at the price of the run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from scoresde_cli import configs, tuning
+from scoresde_cli.compose import compose
+from scoresde_cli.rng import generator
+from scoresde_cli.training.compiled import Compiled
+from tests.conftest import NO_FIGURES, SMALL
+from tests.test_networks import NETWORKS
+
+TINY = [
+    "steps=30",
+    "data.n=300",
+    "eval.n=100",
+    "tracker.mode=disabled",
+    "device=cpu",
+    "checkpoint.every=15",
+    *NO_FIGURES,
+]
+
+
+def parts_of(*overrides):
+    from hydra import compose as by_hydra
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
+        config = by_hydra("train", overrides=["data.n=400", "device=cpu", *overrides])
+    return compose(OmegaConf.to_container(config, resolve=True))
+
+
+@pytest.mark.parametrize("network", ["mlp", "resmlp", "energy_mlp"])
+def test_the_chunk_keeps_the_tangents_within_their_memory(network, monkeypatch):
+    parts = parts_of("data=gmm", "data.d=64", "loss=ism", f"network={network}", "batch_size=32")
+    assert tuning.pick_chunk(parts) == 64
+    x = tuning.batch(parts)
+    t = torch.full((len(x),), 0.5)
+    limit = tuning.bytes_of(parts.field, x, t, 10)
+    monkeypatch.setattr(tuning, "MOST_BYTES", limit)
+    chunk = tuning.pick_chunk(parts)
+    assert 1 <= chunk < 64
+    assert (
+        tuning.bytes_of(parts.field, x, t, chunk) <= 1.1 * limit
+    )  # 10 percent: the primal, of the same size as a tangent
+    monkeypatch.setattr(tuning, "MOST_BYTES", 1)
+    assert tuning.pick_chunk(parts) == 1
+
+
+def test_a_loss_without_directions_has_no_chunk():
+    assert tuning.pick_chunk(parts_of("loss=dsm")) is None
+
+
+def test_memory_is_that_of_the_machine_or_less():
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < tuning.available_memory(torch.device("cpu")) <= physical
+
+
+def test_a_chunked_run_learns_the_same(tmp_path, cli):
+    """Chunks change the order of sums only: float64, 30 steps."""
+    common = ["train", "data=gmm", "data.d=6", "loss=ism", "precision=fp64", *TINY]
+    for chunk in ("auto", "2"):
+        code, _, err = cli(*common, f"divergence.chunk={chunk}", f"dir=chunk-{chunk}")
+        assert code == 0, err
+        config = yaml.safe_load((tmp_path / f"chunk-{chunk}" / "config.yaml").read_text())
+        assert config["divergence"]["chunk"] == (6 if chunk == "auto" else 2)
+    a, b = (
+        json.loads((tmp_path / f"chunk-{c}" / "summary.json").read_text())["score_error"]["value"]
+        for c in ("auto", "2")
+    )
+    assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_trial_steps_leave_no_trace():
+    parts = parts_of("loss=ssm")
+    before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    with tuning.undisturbed(parts):
+        tuning.step(parts, parts.field)
+        torch.rand(3)
+        parts.model.mean += 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
+    assert all(p.grad is None for p in parts.model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Sleepy:
+    """Stands for a compiled field: the same numbers, after a while."""
+
+    def __init__(self, field):
+        self.field = field
+
+    def __getattr__(self, name):
+        return getattr(self.field, name)
+
+
+def test_auto_compiles_long_runs_only_and_keeps_what_is_faster(monkeypatch, capsys):
+    made = []
+
+    def stand_in(field):
+        made.append(field)
+        return Sleepy(field)
+
+    monkeypatch.setattr("scoresde_cli.training.compiled.Compiled", stand_in)
+    short = parts_of("steps=100")
+    assert tuning.pick_field(short, short.field, 0) is short.field
+    long = parts_of("steps=10000000")
+    assert tuning.pick_field(long, long.field, 9_999_990) is long.field  # ten steps are left
+    bounded = parts_of("steps=10000000", "max_seconds=5")
+    assert tuning.pick_field(bounded, bounded.field, 0) is bounded.field
+    assert made == []
+    for seconds, kept in (([2.0, 1.0], True), ([1.0, 2.0], False)):
+        monkeypatch.setattr(tuning, "seconds_of", lambda p, fields, n=3, s=seconds: s if len(fields) == 2 else [1.0])
+        found = tuning.pick_field(long, long.field, 0)
+        assert isinstance(found, Sleepy) == kept
+        assert ("going on without" in capsys.readouterr().out) != kept
+
+
+def test_where_nothing_compiles_the_run_goes_on_with_one_line(tmp_path):
+    environment = {
+        **os.environ,
+        "CXX": "/nonexistent",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "scoresde_cli", "train", "compile=true", "dir=run", *TINY],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "compile" in line]
+    assert len(lines) == 1
+    assert "not possible here, going on without" in lines[0]
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["compile"] is False
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_compiled_doors_give_the_same_numbers_and_gradients(low):
+    """float32: sums in another order; bfloat16: 8 bits a product, averaged over many."""
+    parts = parts_of(
+        "network.width=16", "network.depth=1", "data=gmm", "data.d=4", f"precision={'bf16' if low else 'fp32'}"
+    )
+    torch.nn.init.normal_(parts.model.network.last.weight, std=0.2)
+    weights, x = list(parts.model.network.parameters()), tuning.batch(parts)
+    t = torch.linspace(0.05, 0.9, len(x))
+    v = torch.randn((2, *x.shape), generator=generator(0, "v"))
+    compiled = Compiled(parts.field)
+
+    def of(field):
+        score, projected = field.forward_projections(x, t, v)
+        value = score.square().sum(1) + 2 * projected.mean(0)
+        value = (value if low else value + field.forward_trace(x, t)[1]).mean()
+        return value.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
+
+    (value, gradient), (expected, direction) = of(compiled), of(parts.field)
+    tolerance = 2e-2 if low else 1e-4
+    assert float(value) == pytest.approx(float(expected), rel=tolerance)
+    assert float((gradient - direction).norm() / direction.norm()) < tolerance
+
+
+def test_a_compiled_run_is_kept_resumed_and_says_so(tmp_path, cli):
+    common = [a for a in TINY if not a.startswith("steps")]
+    code, out, err = cli(
+        "train", "compile=true", "loss=dsm", "network.width=16", "network.depth=1", "steps=15", "dir=run", *common
+    )
+    assert code == 0, err
+    assert "compiled in" in out
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["compile"] is True
+    assert json.loads((tmp_path / "run/summary.json").read_text())["train_seconds"]["protocol"]["compiled"] is True
+    code, out, err = cli("train", "resume=run", "steps=30")
+    assert code == 0, err
+    assert "compiled in" in out
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["compile"] is True
+
+
+@pytest.mark.parametrize("network", ["mlp", "resmlp", "energy_mlp"])
+def test_bf16_lowers_the_training_only(network, tmp_path, cli):
+    """Weights, moments and everything measured stay float32; the loss of a batch is right to the rounding of its products."""
+    code, _, err = cli("train", "precision=bf16", f"network={network}", "loss=ssm", "dir=run", *SMALL, *NO_FIGURES)
+    assert code == 0, err
+    from safetensors.torch import load_file
+
+    newest = sorted((tmp_path / "run/checkpoints").glob("step-*"))[-1]
+    assert {w.dtype for w in load_file(newest / "model.safetensors").values()} == {torch.float32}
+    low, full = parts_of("precision=bf16", f"network={network}"), parts_of("precision=fp32", f"network={network}")
+    for parts in (low, full):
+        for p in parts.model.network.parameters():
+            torch.nn.init.normal_(p, std=0.3, generator=generator(0, "weights"))
+    x0 = tuning.batch(low)
+    a, b = (p.loss(p.field, p.sde, x0, generator(0, "b")).detach() for p in (low, full))
+    assert not torch.equal(a, b)
+    assert float((a - b).norm() / b.norm()) < 0.05
+    assert torch.equal(
+        low.model.score(x0, torch.full((len(x0),), 0.5)), full.model.score(x0, torch.full((len(x0),), 0.5))
+    )
+
+
+def test_a_network_of_the_users_trains_in_bf16():
+    """torch.func under autocast."""
+    parts = parts_of("precision=bf16", "loss=ssm")
+    parts.field.network = NETWORKS["plain"]((2,))
+    parts.loss(parts.field, parts.sde, tuning.batch(parts), generator(0, "u")).mean().backward()
+    assert all(p.grad.isfinite().all() and p.dtype == torch.float32 for p in parts.field.network.parameters())
+
+
+def test_the_benchmarks_run(tmp_path):
+    script = configs.conf_dir().parent / "scripts/experiments/bench.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--small", "--threads", "1", "--json", "rows.json", "trace"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["name"] for row in rows][:2] == ["d reverse passes", "unit tangents"]
+    assert all(row["ratio"] > 0 for row in rows)
