@@ -1,4 +1,4 @@
-"""Options and fixtures: the suite runs on another device by --device, and shares one small trained run."""
+"""Options and fixtures: numerics on another device or in another precision (--device, --dtype), one small trained run for all."""
 
 import os
 from pathlib import Path
@@ -28,11 +28,17 @@ NO_FIGURES = ["eval.figures=false"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device for the tests of numerics: cpu, cuda, mps")
+    parser.addoption("--dtype", default="float64", choices=["float64", "float32"], help="precision of these tests")
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.config.getoption("--dtype"))
 
 
 @pytest.fixture

@@ -362,6 +362,20 @@ def show(rows: list[Row]) -> None:
         case = row.case
 
 
+def summarise(rows: list[Row]) -> None:
+    """The step's ratios in one table: a line a contender, a column a number of directions (the table of the README)."""
+    table: dict[str, dict[str, str]] = {}
+    for row in rows:
+        case, _, directions = row.case.rpartition(" ")
+        if row.name != "published":
+            line = table.setdefault(f"{case}, {row.name}".replace("=", " "), {})
+            line[directions] = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
+    columns = list(dict.fromkeys(directions for line in table.values() for directions in line))
+    print(f"\n| times faster than the published algorithm | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
+    for name, line in table.items():
+        print(f"| {name} | {' | '.join(line.get(column, '') for column in columns)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("areas", nargs="*", metavar="AREA", help=f"of {', '.join(AREAS)}; none for all")
@@ -388,6 +402,8 @@ def main() -> None:
         rows += found
         if found:
             show(found)
+        if area == "step":
+            summarise(found)
     if options.json:
         facts = {
             "torch": torch.__version__,
