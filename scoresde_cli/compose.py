@@ -225,14 +225,16 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
         raise ScoreSDEError(
             f"sampler {type(sampler).__name__} needs {sorted(missing)}; the model has {sorted(model.provides)}"
         )
-    if not loss.second_order:
+    if not any(p.requires_grad for p in model.network.parameters()):
+        raise ScoreSDEError(f"network {type(model.network).__name__} has no weights to train")
+    if loss.tangents(2) == 0:
         return
     activation = getattr(model.network, "activation", None)
     flat = [type(m).__name__ for m in model.network.modules() if isinstance(m, PIECEWISE_LINEAR_MODULES)]
-    if activation in PIECEWISE_LINEAR or flat:
+    if loss.second_order and (activation in PIECEWISE_LINEAR or flat):
         raise ScoreSDEError(
             f"network.activation={activation or flat[0]} with loss={loss.name}: piecewise linear, so the gradient of tr J is "
-            "silently wrong (its second derivative is zero almost everywhere); take silu, gelu, tanh, or loss=dsm"
+            "silently wrong (its second derivative is zero almost everywhere); take silu, gelu, tanh, or loss=dsm or fd_ssm"
         )
     mixing = [type(m).__name__ for m in model.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if mixing:
@@ -272,9 +274,9 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
     match(sde, loss, sampler, model)
-    if keys.precision == "bf16" and loss.name == "fd_ssm":
+    if keys.precision == "bf16" and loss.tangents(2) > 0 and not loss.second_order:
         raise ScoreSDEError(
-            "precision=bf16 with loss=fd_ssm: differences of two scores have no digit left; take fp32, or ssm"
+            f"precision=bf16 with loss={loss.name}: differences of two scores have no digit left; take fp32, or ssm"
         )
     field = copy.copy(model)
     field.low = keys.precision == "bf16"

@@ -30,10 +30,9 @@ def dual(field: Field, x: Tensor, t: Tensor, v: Tensor, chunk: int | None = None
     """The field and its Jacobian-vector products: (out (B, *D), J v (K, B, *D)) for v of shape (K, B, *D).
 
     At most `chunk` directions at a time, each chunk computed again in the backward pass, so that memory holds one.
-    Several chunks give gradients in the field's weights only, not in x.
     """
     if chunk is not None and chunk < len(v):
-        out, pieces = in_chunks(field, lambda part: dual(field, x, t, v[part]), len(v), chunk, x.device)
+        out, pieces = in_chunks(field, lambda part: dual(field, x, t, v[part]), len(v), chunk, x)
         return out, torch.cat(pieces)
     if hasattr(field, "forward_dual"):
         return field.forward_dual(x, t, v)
@@ -64,7 +63,12 @@ class Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         enabled, dtype = ctx.low
-        with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled) if enabled else nullcontext():
+        gpus = [torch.cuda.current_device()] if ctx.device == "cuda" else []
+        with (
+            torch.random.fork_rng(gpus),
+            torch.enable_grad(),
+            torch.autocast(ctx.device, dtype, enabled) if enabled else nullcontext(),
+        ):
             outputs = ctx.push()
         asked = [out for out in outputs if out.requires_grad]
         given = [grad for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
@@ -73,15 +77,31 @@ class Recomputed(torch.autograd.Function):
 
 
 def in_chunks(
-    field: Field, push: Callable[[slice], tuple[Tensor, Tensor]], count: int, chunk: int, device: torch.device
+    field: Field, push: Callable[[slice], tuple[Tensor, Tensor]], count: int, chunk: int, x: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(out, pieces): `push` over slices of at most `chunk` directions; of several, the backward pass recomputes each."""
+    """(out, pieces): `push` over slices of at most `chunk` directions; of several, the backward pass recomputes each.
+
+    All of them start from one state of the global generator, so that a network with dropout is one network. Where x needs a
+    gradient itself, nothing is recomputed.
+    """
     slices = [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    if len(slices) == 1:
+        out, piece = push(slices[0])
+        return out, (piece,)
     weights = [p for p in field.parameters() if p.requires_grad] if isinstance(field, nn.Module) else []
-    if len(slices) > 1 and weights and torch.is_grad_enabled():
-        found = [Recomputed.apply(partial(push, part), device.type, *weights) for part in slices]
+    gpu = x.device.type == "cuda"
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if gpu else None
+
+    def same(part: slice) -> tuple[Tensor, Tensor]:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], x.device)
+        return push(part)
+
+    if weights and torch.is_grad_enabled() and not x.requires_grad:
+        found = [Recomputed.apply(partial(same, part), x.device.type, *weights) for part in slices]
     else:
-        found = [push(part) for part in slices]
+        found = [same(part) for part in slices]
     outs, pieces = zip(*found, strict=True)
     return outs[0], pieces
 
@@ -124,7 +144,7 @@ def weighted_trace(
         diagonal = jvp.flatten(2).gather(2, index.view(-1, 1, 1).expand(-1, len(x), 1)).squeeze(-1)
         return out, (diagonal if weight is None else diagonal * weight[:, index].T).sum(0)
 
-    out, pieces = in_chunks(field, push, d, chunk or max(1, ELEMENTS // max(1, x.numel())), x.device)
+    out, pieces = in_chunks(field, push, d, chunk or max(1, ELEMENTS // max(1, x.numel())), x)
     return out, torch.stack(pieces).sum(0)
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from scoresde_cli import divergence
 from scoresde_cli.compose import ALL_THREADS, Parts
-from scoresde_cli.errors import one_line
+from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator, normal
@@ -38,8 +38,17 @@ def settle(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, 
     chunk = parts.settings.divergence["chunk"]
     plain = parts.field
     assert isinstance(plain, ScoreModel)
-    plain.chunk = pick_chunk(parts) if chunk == "auto" else chunk
-    field = pick_field(parts, plain, done)
+    with undisturbed(parts):
+        try:
+            plain.chunk = pick_chunk(parts) if chunk == "auto" else chunk
+            field = pick_field(parts, plain, done)
+        except (ScoreSDEError, OSError, MemoryError):
+            raise
+        except Exception as problem:
+            raise ScoreSDEError(
+                f"a training step of {type(plain.network).__name__} with loss={parts.loss.name} fails on a batch of "
+                f"{tuple(batch(parts).shape)}: {type(problem).__name__}: {one_line(problem)[:200]}"
+            ) from problem
     found = {"threads": threads, "divergence": {"chunk": plain.chunk}, "compile": field is not plain}
     return dataclasses.replace(parts, field=field), {**config, **found}
 
@@ -67,9 +76,10 @@ def available_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        found.append(int(limit) - int(used))  # where there is no limit it says "max"
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
+        cached = next(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file"))
+        found.append(int(limit) - int(used) + cached)  # where there is no limit it says "max"
     return max(1, min(found))
 
 
@@ -114,34 +124,36 @@ def pick_field(parts: Parts, plain: ScoreModel, done: int) -> FieldModel:
     wanted, s = parts.settings.compile, parts.settings
     if wanted is False:
         return plain
-    with undisturbed(parts):
-        if wanted == "auto":
-            try:
-                expected = (s.steps - done) * seconds_of(parts, [plain])[0]
-            except Exception:  # what is wrong with a step is said when training begins
-                return plain
-            if GAIN * min(expected, s.max_seconds or expected) < COMPILE_SECONDS:
-                return plain
-        from scoresde_cli.training.compiled import Compiled
-
-        console.note("compiling the training step (compile=false leaves it as it is)")
-        began = time.perf_counter()
-        try:
-            compiled = Compiled(plain)
-            step(parts, compiled)
-        except Exception as problem:
-            console.warn(
-                f"compile={wanted}: not possible here, going on without ({type(problem).__name__}: {one_line(problem)[:160]})"
-            )
+    directions = parts.loss.tangents(parts.d)
+    if parts.loss.second_order and plain.chunk is not None and plain.chunk < directions:
+        if wanted is True:
+            console.note(f"compile=true has no effect with {plain.chunk} of {directions} directions at a time")
+        return plain
+    if wanted == "auto":
+        expected = (s.steps - done) * seconds_of(parts, [plain])[0]
+        if GAIN * min(expected, s.max_seconds or expected) < COMPILE_SECONDS:
             return plain
-        took = time.perf_counter() - began
-        slow, fast = seconds_of(parts, [plain, compiled], 7)
-        kept = wanted is True or fast < slow
-        console.note(
-            f"compiled in {took:.0f} s: {1e3 * slow:.2f} ms a step without, {1e3 * fast:.2f} ms with"
-            + ("" if kept else "; going on without")
+    from scoresde_cli.training.compiled import Compiled
+
+    console.note("compiling the training step (compile=false leaves it as it is)")
+    began = time.perf_counter()
+    try:
+        compiled = Compiled(plain)
+        step(parts, compiled)
+    except Exception as problem:
+        console.warn(
+            f"compile={wanted}: not possible with this network on this machine, going on without "
+            f"({type(problem).__name__}: {one_line(problem)[:160]})"
         )
-        return compiled if kept else plain
+        return plain
+    took = f"compiled in {time.perf_counter() - began:.0f} s"
+    if wanted is True:
+        console.note(took)
+        return compiled
+    slow, fast = seconds_of(parts, [plain, compiled], 7)
+    kept = "" if fast < slow else "; going on without"
+    console.note(f"{took}: {1e3 * slow:.2f} ms a step without, {1e3 * fast:.2f} ms with{kept}")
+    return compiled if fast < slow else plain
 
 
 def step(parts: Parts, field: FieldModel) -> float:
@@ -166,7 +178,7 @@ def seconds_of(parts: Parts, fields: list[FieldModel], repeats: int = 3) -> list
 def undisturbed(parts: Parts) -> Iterator[None]:
     """Steps in here leave no trace: no gradient, no moved buffer, no random number of the global generator."""
     buffers = {name: buffer.clone() for name, buffer in parts.model.named_buffers()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([parts.device] if parts.device.type == "cuda" else []):
         try:
             yield
         finally:

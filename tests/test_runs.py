@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, reader, copy, cl
         case "remove":
             weights.unlink()
         case "version":
-            facts.write_text(facts.read_text().replace('"format": 1', '"format": 99'))
+            facts.write_text(facts.read_text().replace('"format": 2', '"format": 99'))
         case "not json":
             facts.write_text("{")
         case "path":

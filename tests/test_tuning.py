@@ -137,7 +137,7 @@ def test_where_nothing_compiles_the_run_goes_on_with_one_line(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "compile" in line]
     assert len(lines) == 1
-    assert "not possible here, going on without" in lines[0]
+    assert "not possible with this network on this machine, going on without" in lines[0]
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["compile"] is False
 
 
@@ -220,3 +220,124 @@ def test_the_benchmarks_run(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["name"] for row in rows][:2] == ["d reverse passes", "unit tangents"]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+class WithStatistics(torch.nn.Module):
+    """A user's network that keeps statistics beside its weights, and draws from the global generator."""
+
+    def __init__(self, shape):
+        super().__init__()
+        d = torch.Size(shape).numel()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(d + 1, 16),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.SiLU(),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(16, d),
+        )
+
+    def forward(self, x, c):
+        return self.net(torch.cat([x.flatten(1), c[:, None]], 1)).reshape(x.shape)
+
+
+def test_the_average_keeps_the_statistics_of_the_network():
+    from scoresde_cli.commands.train import plan_of
+    from scoresde_cli.training import loop
+
+    parts = parts_of("loss=dsm", "batch_size=64")
+    parts.model.network = WithStatistics((2,))
+    state = loop.start(plan_of(parts))
+    for _ in range(5):
+        loop.train_step(plan_of(parts), state, 1e-3)
+    found, kept = dict(state.model.network.named_buffers()), dict(state.average.network.named_buffers())
+    assert float(found["net.1.running_var"].sub(1).abs().max()) > 0.01
+    assert all(torch.equal(found[name], kept[name]) for name in found)
+
+
+def test_a_network_that_draws_is_repeated_step_by_step():
+    """Dropout draws from the global generator, which each step seeds: the same weights again."""
+    from scoresde_cli.commands.train import plan_of
+    from scoresde_cli.training import loop
+
+    ends = []
+    for _ in range(2):
+        parts = parts_of("loss=dsm", "batch_size=64")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            parts.model.network = WithStatistics((2,))
+        state = loop.start(plan_of(parts))
+        for _ in range(3):
+            torch.rand(5)  # whatever else happens in the process
+            loop.train_step(plan_of(parts), state, 1e-3)
+        ends.append(torch.cat([p.detach().flatten() for p in state.model.network.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_dropout_is_one_network_for_all_chunks():
+    """The gradient of the chunks, recomputed, is that of the draws of the forward pass: chunks of one and of all agree."""
+    from scoresde_cli import divergence
+
+    network = torch.nn.Sequential(
+        torch.nn.Linear(4, 16), torch.nn.Dropout(0.3), torch.nn.Tanh(), torch.nn.Linear(16, 4)
+    ).double()
+    x = torch.randn(8, 4, generator=generator(0, "x"), dtype=torch.float64)
+    v = torch.randn(3, 8, 4, generator=generator(0, "v"), dtype=torch.float64)
+
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, y, t):
+            return self.network(y)
+
+    found = []
+    for chunk in (3, 2, 1):
+        torch.manual_seed(1)
+        out, jvp = divergence.dual(Field(), x, x[:, 0], v, chunk)
+        value = out.square().sum() + (v * jvp).sum(2).square().sum()
+        found.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(value, list(network.parameters()), allow_unused=True)])
+        )
+    assert torch.allclose(found[1], found[2], rtol=1e-12)
+    assert torch.allclose(found[0], found[2], rtol=1e-12)
+
+
+class Broken(torch.nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.net = torch.nn.Linear(17, 2)
+
+    def forward(self, x, c):
+        return self.net(x)
+
+
+class Weightless(torch.nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+
+    def forward(self, x, c):
+        return -x
+
+
+@pytest.mark.parametrize(
+    ("network", "loss", "says"),
+    [
+        ("Broken", "ssm", "a training step of Broken with loss=ssm fails on a batch of (256, 2)"),
+        ("Weightless", "dsm", "network Weightless has no weights to train"),
+        ("WithStatistics", "fd_ssm", "BatchNorm1d: it mixes the samples of a batch"),
+    ],
+)
+def test_a_network_that_cannot_train_is_refused_before_the_run_begins(network, loss, says, tmp_path, cli):
+    code, _, err = cli("train", f"network._target_=tests.test_tuning.{network}", "~network.width", "~network.depth",
+                       "~network.activation", f"loss={loss}", "dir=run", *TINY)  # fmt: skip
+    assert code == 2, err
+    assert says in err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_compiling_is_left_out_where_directions_come_in_chunks(capsys):
+    parts = parts_of("data=gmm", "data.d=6", "loss=ism", "compile=true")
+    parts.field.chunk = 2
+    assert tuning.pick_field(parts, parts.field, 0) is parts.field
+    assert "no effect with 2 of 6 directions" in capsys.readouterr().out

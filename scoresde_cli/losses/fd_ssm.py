@@ -14,9 +14,9 @@ from torch import Tensor
 
 from scoresde_cli import divergence
 from scoresde_cli.fields import FieldModel
-from scoresde_cli.losses.base import MinTime, Times, Weighting
+from scoresde_cli.losses.base import Loss, MinTime, Times, Weighting
 from scoresde_cli.losses.ssm import SSM
-from scoresde_cli.projections import Projection
+from scoresde_cli.projections import Projection, Rademacher
 from scoresde_cli.sdes.base import SDE, Noised
 
 
@@ -42,6 +42,11 @@ class FDSSM(SSM):
 
     def tangents(self, d: int) -> int:
         return 2 * self.n_proj - 1  # 2 n_proj evaluations, and no primal
+
+    def reference(self, d: int) -> Loss:
+        """The same with more directions: a network may have no derivative in x at all."""
+        n = max(self.n_proj, 16)
+        return FDSSM(Rademacher(), n, self.step, self.weighting, self.half, self.times, self.t_min)
 
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator

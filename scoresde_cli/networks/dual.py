@@ -11,7 +11,8 @@ Its reverse pass is written out, so that a training step costs few kernels besid
     grad_a    = f'(a) grad_0 + f''(a) scale sum_k grad_k du_k          grad_du_k = f'(a) scale grad_k
     grad_u    = scale grad_a                                           grad_scale = (u + shift) grad_a + f'(a) sum_k grad_k du_k
 
-Under autocast the tall products and their operands are of low precision; a, the slopes and the sums over k stay float32.
+Under autocast the tall products and their operands are of low precision (and so are the products that make shift and scale);
+a, the slopes and the sums over k are float32.
 """
 
 import math
@@ -49,7 +50,7 @@ def derivatives(name: Activation, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return f, slope, -2.0 * f * slope
         case "softplus":
             s = torch.sigmoid(u)
-            return F.softplus(u), s, s * (1.0 - s)
+            return value(name, u), s, s * (1.0 - s)
         case "elu":
             e = torch.exp(u.clamp_max(0.0))
             negative = (u <= 0).to(u.dtype)
@@ -104,4 +105,6 @@ def activation(name: Activation, stack: Tensor, shift: Tensor, scale: Tensor | N
 
 def value(name: Activation, u: Tensor) -> Tensor:
     """f(u) alone."""
+    if name == "softplus":
+        return F.softplus(u, threshold=40.0)  # at torch's 20 it would leave its own derivative by 1e-9
     return torch.tanh(u) if name == "tanh" else getattr(F, name)(u)

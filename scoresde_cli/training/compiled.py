@@ -26,6 +26,8 @@ class Compiled(FieldModel):
         self._trace = torch.compile(model.forward_trace, dynamic=False)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "model":  # a copy in the making has none
+            raise AttributeError(name)
         return getattr(self.model, name)
 
     def _whole(self, directions: int) -> bool:

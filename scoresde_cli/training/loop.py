@@ -76,7 +76,10 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
     """The loss on held-out data with the evaluated weights, relative to the Gaussian part on the same draws."""
     reference = plan.loss.reference(plan.valid[0].numel())
     x0 = plan.valid[:VALIDATION_ROWS]
-    values = mean_loss(reference, state.evaluated(), plan.sde, x0, plan.seed, "valid")  # type: ignore[arg-type]
+    model = state.evaluated()
+    training = model.training
+    values = mean_loss(reference, model.eval(), plan.sde, x0, plan.seed, "valid")  # type: ignore[arg-type]
+    model.train(training)
     baseline = mean_loss(reference, plan.baseline, plan.sde, x0, plan.seed, "valid")
     return float((values - baseline).mean())
 
@@ -84,6 +87,7 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
 def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
+    torch.manual_seed(source.initial_seed())  # for what a user's network draws of the global generator (dropout)
     rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
     loss = plan.loss(plan.field, plan.sde, plan.train[rows], source).mean()
     loss.backward()

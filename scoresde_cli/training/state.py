@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from scoresde_cli.errors import Unreadable, one_line
 
-FORMAT = 1
+FORMAT = 2
 COUNTERS = ("step", "samples", "seconds", "loss_count", "valid", "best", "best_step")
 
 
@@ -61,6 +61,14 @@ class TrainState:
             power = decay ** (self.step + 1)
             update = get_ema_multi_avg_fn((decay - power) / (1.0 - power))
             update(list(self.average.parameters()), list(self.model.parameters()), 0)
+            # What a network keeps beside its weights (BatchNorm's statistics) is taken as it is.
+            for kept, found in zip(network_of(self.average).buffers(), network_of(self.model).buffers(), strict=True):
+                kept.copy_(found)
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network in a score model, whose own buffers are constants."""
+    return getattr(model, "network", model)
 
 
 def write_durably(path: Path, content: bytes) -> None:
