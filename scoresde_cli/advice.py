@@ -26,6 +26,11 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
         warnings.append(f"projection=gaussian at d={d}: about three times the variance of rademacher")
     if loss.name == "ism" and d > 16:
         warnings.append(f"loss=ism at d={d}: {d} directions a sample; ssm_vr with 1 to 4 learns as well for less")
+    if getattr(parts.model.network, "conservative", False) and parts.optimizer.lr > 2e-3:
+        warnings.append(
+            f"an energy network with optimizer.lr={parts.optimizer.lr:g}: the loss has spikes, which some runs end in; "
+            "2e-3 is steady and more exact"
+        )
     if loss.second_order and parts.model.parameterisation.warning:
         warnings.append(parts.model.parameterisation.warning)
     if parts.optimizer.schedule == "constant" and s.ema is None:

@@ -15,6 +15,8 @@ SETTINGS = {
     "loss=ssm n_proj=4": "",
     "loss=ssm_vr n_proj=4": "",
     "loss=ssm_vr n_proj=1": "",
+    "loss=fd_ssm n_proj=4": "",
+    "network=energy_mlp optimizer.lr=2e-3": "",
     "loss=dsm": "",
     "naive": "loss=ssm parameterisation=eps projection=gaussian n_proj=1 ema=null optimizer.schedule=constant",
     "naive, g2, t from 1e-5": "loss=ssm parameterisation=eps projection=gaussian n_proj=1 ema=null "
