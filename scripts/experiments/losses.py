@@ -1,6 +1,6 @@
 """The README's table of losses: eight Gaussians, seeds 0 to 2, medians of score_error and sliced_wasserstein.
 
-usage: .venv/bin/python scripts/experiments/losses.py [FOLDER]     about 8 minutes on two cores; resumes where it was cut
+usage: .venv/bin/python scripts/experiments/losses.py [FOLDER]     about 15 minutes on two cores; resumes where it was cut
 """
 
 import json
@@ -16,6 +16,7 @@ SETTINGS = {
     "loss=ssm_vr n_proj=4": "",
     "loss=ssm_vr n_proj=1": "",
     "loss=fd_ssm n_proj=4": "",
+    "optimizer.lr=2e-3": "",
     "network=energy_mlp optimizer.lr=2e-3": "",
     "loss=dsm": "",
     "naive": "loss=ssm parameterisation=eps projection=gaussian n_proj=1 ema=null optimizer.schedule=constant",
