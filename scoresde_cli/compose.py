@@ -220,11 +220,9 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
         raise ScoreSDEError(
             f"loss={loss.name} needs a closed-form kernel, which sde {type(sde).__name__} has not; ism, ssm and ssm_vr work"
         )
-    missing = sampler.needs - model.provides
-    if missing:
-        raise ScoreSDEError(
-            f"sampler {type(sampler).__name__} needs {sorted(missing)}; the model has {sorted(model.provides)}"
-        )
+    sampler.check(model, sde)
+    if sampler.known is not None:
+        raise ScoreSDEError("sampler.known is for `scoresde sample`: a run measures samples of the whole law")
     if not any(p.requires_grad for p in model.network.parameters()):
         raise ScoreSDEError(f"network {type(model.network).__name__} has no weights to train")
     if loss.tangents(2) == 0:
@@ -273,6 +271,7 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     network = build_network(config["network"], data.shape, keys.seed)
     model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
+    model.bounds = data.bounds
     match(sde, loss, sampler, model)
     if keys.precision == "bf16" and loss.tangents(2) > 0 and not loss.second_order:
         raise ScoreSDEError(

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from scoresde_cli.compose import Parts
 from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.metrics.distances import compare, sliced_wasserstein
+from scoresde_cli.metrics.base import compare
+from scoresde_cli.metrics.energy import EnergyDistance
 from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
+from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler, Samples
@@ -133,10 +135,11 @@ def evaluate(
 
     drawn = samples.x[:m].float().cpu()
     if torch.isfinite(drawn).all():
-        for name, entry in compare(drawn, reference[:m], pair, seed).items():
-            entry["protocol"] |= {"averaged": averaged, "step": step, "seed": seed} | {
-                "sampler": type(sampler).__name__, "nfe": samples.nfe, "t_min": sampler.t_min, "denoised": sampler.denoise,
-                "reference": "test split" if fresh is None else "fresh draws",
+        for name, entry in compare(
+            [SlicedWasserstein(parts.data), EnergyDistance(parts.data)], drawn, reference[:m], pair, seed
+        ).items():
+            entry["protocol"] |= sampler.protocol() | {"averaged": averaged, "step": step, "seed": seed} | {
+                "nfe": samples.nfe, "reference": "test split" if fresh is None else "fresh draws",
             }  # fmt: skip
             summary[name] = entry
         gaussian = parts.baseline.gaussian.sample(m, generator(seed, "gaussian")).float()

@@ -22,22 +22,35 @@ class FieldModel(ABC):
 
     sde: SDE
     provides: Set[str] = frozenset({"score", "eps", "x0", "velocity"})
+    evaluations: int = 1  # of a network, for one of the score
+    variance: float = 1.0  # of the data, the mean over coordinates
+    bounds: tuple[Tensor, Tensor] | None = (
+        None  # the range of the data, least and largest value of each coordinate, (d,) each
+    )
 
     @abstractmethod
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """The score of p_t at x, shape (B, *D), for x (B, *D) and t (B,)."""
 
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p_t(x) up to a constant that depends on t, shape (B,); where `provides` names it."""
+        raise NotImplementedError
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.score(x, t)
 
     def fields(self, x: Tensor, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
-        """The named fields, each (B, *D), from one evaluation of the score. Raises ScoreSDEError for an unknown name."""
+        """The named fields, each (B, *D), from one evaluation of the score. Raises ScoreSDEError for an unknown name.
+
+        `log_density` (B,) is one of them where the model has it.
+        """
         missing = names - self.provides
         if missing:
             raise ScoreSDEError(f"the model provides {sorted(self.provides)}, asked for {sorted(missing)}")
         s = self.score(x, t)
         known: dict[str, Callable[[], Tensor]] = {
             "score": lambda: s,
+            "log_density": lambda: self.log_density(x, t),
             "velocity": lambda: self.sde.velocity(x, t, s),
             "eps": lambda: -self._kernel().factor(t).mul_t(s),
             "x0": lambda: (x + self._kernel().factor(t).cov(s)) / expand(self._kernel().alpha(t), x),

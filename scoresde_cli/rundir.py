@@ -29,7 +29,7 @@ from scoresde_cli.provenance import git_state, identity, jsonable, now, versions
 from scoresde_cli.stored import Stored, pack_data, unpack_data
 from scoresde_cli.training.state import Checkpoint, checkpoints, step_of, write_durably
 
-FORMAT = 2
+FORMAT = 3
 STATUSES = ("running", "finished", "preempted", "failed", "diverged")
 
 

@@ -19,8 +19,11 @@ from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.networks.resmlp import ResMLP
 from scoresde_cli.projections import Rademacher
 from scoresde_cli.samplers import base
+from scoresde_cli.samplers.dpm_solver_pp import DPMSolverPP
+from scoresde_cli.samplers.edm_stochastic import EDMStochastic
 from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
 from scoresde_cli.samplers.heun_ode import HeunODE
+from scoresde_cli.samplers.predictor_corrector import PredictorCorrector
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.training import loop
 from scoresde_cli.training.optimizer import Adam
@@ -84,9 +87,11 @@ def test_the_stand_in_notices(loss, monkeypatch):
         loop.train_step(plan, loop.start(plan), 0.1)
 
 
-@pytest.mark.parametrize("sampler", [HeunODE(3), EulerMaruyama(3)], ids=name)
-def test_sampling_reads_nothing_back(sampler, monkeypatch):
+@pytest.mark.parametrize(
+    "make", [HeunODE, EulerMaruyama, DPMSolverPP, EDMStochastic, PredictorCorrector], ids=lambda m: m.__name__
+)
+def test_sampling_reads_nothing_back(make, monkeypatch):
     device = torch.device("meta")
     monkeypatch.setattr(base, "generator", lambda *a, **k: source_on(device))
     plan = plan_on(device, DSM())
-    assert sampler.sample(plan.model, plan.sde, (5,), 300, 0, device=device).x.device == device
+    assert make(steps=3).sample(plan.model, plan.sde, (5,), 300, 0, device=device).x.device == device

@@ -108,6 +108,6 @@ def test_a_right_model_of_mixture_data_gets_a_good_report():
     distance = found["sliced_wasserstein"]
     assert distance["value"] < 1.5 * distance["floor_high"]
     assert verdict(found) is None
-    assert samples.nfe == 81
+    assert samples.nfe == 41
     assert len(held) == 3000
     assert np.isfinite(distance["ci"]).all()

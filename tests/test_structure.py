@@ -83,7 +83,8 @@ def test_every_yaml_matches_its_constructor(group, option):
     node = configs.load(configs.conf_dir() / group / f"{option}.yaml")
     cls = locate(node["_target_"], group)
     parameters = {
-        n: p for n, p in inspect.signature(cls).parameters.items() if n != "shape" and p.kind is p.POSITIONAL_OR_KEYWORD
+        n: p for n, p in inspect.signature(cls).parameters.items()
+        if n != "shape" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }  # fmt: skip
     assert {k for k in node if k != "_target_"} == set(parameters)
     for name, value in node.items():

@@ -74,7 +74,7 @@ MOMENTS = {
     "just before an old checkpoint is dropped": ("pathlib", "Path.rename", 5),
     "while an old checkpoint is dropped": ("scoresde_cli.training.state", "shutil.rmtree", 4),
     "while a row is logged": ("scoresde_cli.tracking.jsonl", "json.dumps", 5),
-    "after training, while sampling": ("scoresde_cli.samplers.heun_ode", "HeunODE.step", 3),
+    "after training, while sampling": ("scoresde_cli.samplers.dpm_solver_pp", "DPMSolverPP.step", 3),
 }
 
 

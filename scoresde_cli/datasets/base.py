@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -68,6 +69,7 @@ class Dataset(ABC):
         columns: names of the columns of a table, else None.
         units: the way to the user's units and back.
         splits: float32 tensors (n, *D) by name: train, valid, test.
+        bounds: the least and the largest value of each coordinate in the training split, (d,) each.
         facts: what a reader of the run should know (file, rows dropped, ...).
     """
 
@@ -77,6 +79,11 @@ class Dataset(ABC):
     units: Units
     splits: dict[str, Tensor]
     facts: dict[str, Any]
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        low, high = self.splits["train"].flatten(1).aminmax(dim=0)
+        return low, high
 
     def fresh(self, n: int, source: torch.Generator) -> Tensor | None:
         """n new samples (n, *D) float32 where the law can be sampled, else None."""

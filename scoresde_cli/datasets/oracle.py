@@ -40,6 +40,8 @@ class Oracle(FieldModel):
     Component k of p_t is N(alpha mu_k, U_k (alpha^2 diag(lam_k) + sigma^2) U_k^T), so both are closed forms.
     """
 
+    provides = FieldModel.provides | {"log_density"}
+
     def __init__(self, law: Mixture, sde: SDE) -> None:
         kernel = sde.kernel()
         assert kernel is not None
@@ -59,6 +61,9 @@ class Oracle(FieldModel):
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x) in nats, (B,), float64."""
         return torch.logsumexp(self._parts(x, t)[0], dim=1)
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.log_prob(x, t).to(x.dtype)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x), shaped and typed like x, computed in float64."""

@@ -75,10 +75,16 @@ class ScoreModel(nn.Module, FieldModel):
             raise ScoreSDEError(f"sde {type(sde).__name__} has no closed-form kernel, which the noise levels come from")
         self.network, self.sde, self.kernel = network, sde, kernel
         self.parameterisation, self.gaussian = parameterisation, gaussian
+        if hasattr(network, "energy"):
+            self.provides = self.provides | {"log_density"}
         # In float64 here; `.to(dtype)` on the whole model brings them to the network's precision.
         self.register_buffer("mean", gaussian.mean)
         self.register_buffer("lam", gaussian.lam)
         self.register_buffer("basis", gaussian.basis if parameterisation.centred else None)
+
+    @property
+    def variance(self) -> float:  # type: ignore[override]
+        return float(self.lam.mean())
 
     def _turn(self, x: Tensor) -> Tensor:
         return x if self.basis is None else x @ self.basis
@@ -109,6 +115,12 @@ class ScoreModel(nn.Module, FieldModel):
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         return self(x, t)
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        """1/2 sum skip y^2 + k e(inp y, c), whose gradient the score is where the network is the gradient of e and out = k inp."""
+        y, c, skip, out, inp = self._prepare(x, t)
+        energy = self.network.energy((inp * y).reshape(x.shape), c)  # type: ignore[operator]
+        return 0.5 * (skip * y.square()).sum(1) + (out / inp).mean(1) * energy
 
     def _push(self, x: Tensor, z: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         with self._lowered(x):

@@ -4,19 +4,26 @@ Samples are made in blocks of rows (as many as their size asks for), each with a
 computed whole: sample i depends on the seed and on i alone, bit for bit, however many are asked for.
 """
 
+import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel
-from scoresde_cli.rng import generator
+from scoresde_cli.rng import generator, normal
+from scoresde_cli.samplers import grids
+from scoresde_cli.samplers.steering import Clipped, Known, Tempered, impose, renoise
 from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.operators import expand
+
+Watch = Callable[[int, float, Tensor], None]
 
 
 def block_rows(d: int) -> int:
@@ -26,66 +33,187 @@ def block_rows(d: int) -> int:
 
 @dataclass(frozen=True)
 class Samples:
-    """`x` (n, *D) in model coordinates; `nfe` evaluations of the network for each sample."""
+    """`x` (n, *D) in model coordinates; `nfe` evaluations of the network for each sample (the mean, where they adapt)."""
 
     x: Tensor
-    nfe: int
+    nfe: float
 
 
+class Walk:
+    """What a block has on its way down: the model, whose evaluations are counted, the process, noise, and a sampler's memory."""
+
+    def __init__(self, model: FieldModel, sde: SDE, source: torch.Generator) -> None:
+        self.model, self.sde, self.source = model, sde, source
+        self.nfe, self.memory = 0, None  # type: tuple[int, Any]
+
+    def fields(self, x: Tensor, t: Tensor, *names: str) -> tuple[Tensor, ...]:
+        """The named fields of the model at x (B, *D), t (B,), from one evaluation."""
+        self.nfe += self.model.evaluations
+        found = self.model.fields(x, t, set(names))
+        return tuple(found[name] for name in names)
+
+    def field(self, x: Tensor, t: Tensor, name: str) -> Tensor:
+        """One field of the model."""
+        return self.fields(x, t, name)[0]
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Standard normal noise like x."""
+        return normal(tuple(x.shape), self.source, x.dtype)
+
+    def levels(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha(t) and sigma(t), shaped so that they broadcast against x."""
+        kernel = self.sde.kernel()
+        assert kernel is not None
+        return expand(kernel.alpha(t), x), expand(kernel.sigma(t), x)
+
+
+@dataclass(kw_only=True)
 class Sampler(ABC):
     """From the prior at T to t_min in `steps` steps, then one denoising step to t = 0.
 
     Args:
         steps: number of steps.
-        spacing: p of the grid t_i = (T^(1/p) + i/steps (t_min^(1/p) - T^(1/p)))^p: 1 is uniform, more is finer near t_min.
+        grid: the times of the steps, by name (grids.py) or as a list from T down; a list's length decides the steps.
+        rho: exponent of the grids power (2 where it is None) and edm_rho (7): more is finer near t_min.
         denoise: end with E[x_0 | x_{t_min}] (Tweedie's formula), one more evaluation.
+        clip: keep E[x_0 | x_t] within the range of the training data.
+        temperature: below 1 sharper samples, above 1 flatter ones (steering.Tempered).
+        known: values that the samples take, {column: value} or a file (steering.Known); for `sample` alone.
+        repaint: with known, how often each step is noised again and repeated, so that the open part agrees with the known
+            (Lugmayr et al., CVPR 2022).
         t_min: where the steps end.
     """
 
-    needs: Set[str] = frozenset({"score"})
+    needs: ClassVar[Set[str]] = frozenset({"score"})
+    needs_kernel: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False  # the number of evaluations is found on the way
 
-    def __init__(
-        self, steps: PositiveInt = 40, spacing: PositiveFloat = 2.0, denoise: bool = True,
-        t_min: Annotated[float, Field(gt=0, lt=1)] = 1e-3,
-    ) -> None:  # fmt: skip
-        self.steps, self.spacing, self.denoise, self.t_min = steps, spacing, denoise, t_min
+    steps: PositiveInt = 20
+    grid: grids.Grid = "power"
+    rho: PositiveFloat | None = None
+    denoise: bool = True
+    clip: bool = False
+    temperature: PositiveFloat = 1.0
+    known: dict[Any, Any] | str | None = None
+    repaint: NonNegativeInt = 10
+    t_min: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+
+    def __post_init__(self) -> None:
+        grids.check(self.grid, self.rho)
+        if isinstance(self.grid, list):
+            self.steps, self.t_min = len(self.grid) - 1, self.grid[-1]
 
     @abstractmethod
-    def step(
-        self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator
-    ) -> Tensor:
-        """x at s < t from x at t; t and s have shape (B,); `fields(x, t, name)` evaluates the model and is counted."""
+    def step(self, walk: Walk, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """x at s < t from x at t; t and s have shape (B,)."""
 
-    def grid(self, T: float) -> Tensor:
+    def times(self, sde: SDE) -> Tensor:
         """The times (steps + 1,), from T down to t_min, float64."""
-        p = 1.0 / self.spacing
-        u = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
-        return (T**p + u * (self.t_min**p - T**p)) ** self.spacing
+        return grids.times(self.grid, self.rho, self.steps, sde, self.t_min)
+
+    def start(self, walk: Walk, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """What the walk starts from, `shape` = (B, *D)."""
+        return walk.sde.sample_prior(shape, walk.source, dtype)
+
+    def protocol(self) -> dict[str, Any]:
+        """The settings that two figures of samples must share to be compared."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"sampler": type(self).__name__} | {
+            k: v.protocol() if isinstance(v, Sampler) else v for k, v in found.items()
+        }
+
+    def check(self, model: FieldModel, sde: SDE) -> None:
+        """Refuse a model or a process that lacks what the sampler needs."""
+        name = type(self).__name__
+        missing = self.needs - model.provides
+        if missing:
+            raise ScoreSDEError(
+                f"sampler {name} needs {', '.join(sorted(missing))}; the model has {', '.join(sorted(model.provides))}"
+            )
+        special = {"clip": self.clip, "temperature": self.temperature != 1, "known": self.known is not None}
+        asked = [f"sampler.{key}" for key, there in special.items() if there]
+        if sde.kernel() is None and (self.needs_kernel or asked):
+            raise ScoreSDEError(
+                f"{asked[0] if asked else f'sampler {name}'} needs a process with a closed-form kernel, which {type(sde).__name__} "
+                "has not; euler_maruyama, euler_ode and heun_ode work"
+            )
+        self.times(sde)
 
     @torch.no_grad()
-    def sample(
+    def blocks(
         self, model: FieldModel, sde: SDE, shape: tuple[int, ...], n: int, seed: int, *,
-        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        progress: Callable[[int], None] | None = None,
-    ) -> Samples:  # fmt: skip
-        """n samples (n, *shape) in model coordinates. `progress` is called with the number of samples that are done."""
-        parts, nfe, times = [], 0, self.grid(sde.T).to(device=device, dtype=dtype)
+        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, known: Known | None = None,
+        watch: Watch | None = None,
+    ) -> Iterator[Samples]:  # fmt: skip
+        """The n samples block by block, each computed when it is asked for. Arguments as for `sample`."""
+        if (self.known is None) != (known is None):
+            raise ScoreSDEError(
+                "sampler.known is for `scoresde sample`: there is no other place where samples are given values"
+            )
+        self.check(model, sde)
+        if self.temperature != 1:
+            model = Tempered(model, self.temperature)
+        if self.clip:
+            model = Clipped(model)
+        times = self.times(sde).to(device=device, dtype=dtype)
         rows = block_rows(torch.Size(shape).numel())
         for block in range(-(-n // rows)):
-            nfe = 0
-            source = generator(seed, "sample", block, device=device)
+            walk = Walk(model, sde, generator(seed, "sample", block, device=device))
+            x = self.walk_down(walk, times, (rows, *shape), dtype, block, known, watch)
+            yield Samples(x[: n - block * rows], walk.nfe)
 
-            def fields(x: Tensor, t: Tensor, name: str) -> Tensor:
-                nonlocal nfe
-                nfe += 1
-                return model.fields(x, t, {name})[name]
+    def walk_down(
+        self, walk: Walk, times: Tensor, shape: tuple[int, ...], dtype: torch.dtype, block: int, known: Known | None,
+        watch: Watch | None,
+    ) -> Tensor:  # fmt: skip
+        """One block, from start to end."""
+        x, kernel = self.start(walk, shape, dtype), walk.sde.kernel()
+        pinned = None if known is None else known.rows(block * len(x), len(x), x)
+        for i, (t, s) in enumerate(itertools.pairwise(times)):
+            if watch is not None:
+                watch(block, float(t), x)
+            t, s = t.expand(len(x)), s.expand(len(x))
+            if pinned is None or kernel is None:
+                x = self.step(walk, x, t, s)
+                continue
+            if i == 0:
+                x = impose(x, *pinned, kernel, t, walk.source)
+            for again in range(self.repaint, -1, -1):
+                x = impose(self.step(walk, x, t, s), *pinned, kernel, s, walk.source)
+                if again:
+                    x, walk.memory = renoise(x, kernel, s, t, walk.source), None
+        last = times[-1]
+        if self.denoise:
+            if watch is not None:
+                watch(block, float(last), x)
+            x, last = walk.field(x, last.expand(len(x)), "x0"), 0.0 * last
+        if self.clip:
+            x = Clipped(walk.model).clamp(x)
+        if pinned is not None:
+            x = torch.where(*pinned, x)
+        if watch is not None:
+            watch(block, float(last), x)
+        return x
 
-            x = sde.sample_prior((rows, *shape), source, dtype)
-            for t, s in itertools.pairwise(times):
-                x = self.step(fields, sde, x, t.expand(rows), s.expand(rows), source)
-            if self.denoise:
-                x = fields(x, times[-1].expand(rows), "x0")
-            parts.append(x)
+    def sample(
+        self, model: FieldModel, sde: SDE, shape: tuple[int, ...], n: int, seed: int, *,
+        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, known: Known | None = None,
+        watch: Watch | None = None, progress: Callable[[int], None] | None = None,
+    ) -> Samples:  # fmt: skip
+        """n samples (n, *shape) in model coordinates.
+
+        Args:
+            known: values that the samples have to take.
+            watch: called with (block, t, x) before every step and at the end.
+            progress: called with the number of samples that are done.
+
+        Raises ScoreSDEError where the model or the process lacks what the sampler needs.
+        """
+        parts, done, nfe = [], 0, 0.0
+        for block in self.blocks(model, sde, shape, n, seed, device=device, dtype=dtype, known=known, watch=watch):
+            parts.append(block.x)
+            done += len(block.x)
+            nfe += block.nfe * len(block.x)
             if progress is not None:
-                progress(min(n, (block + 1) * rows))
-        return Samples(torch.cat(parts)[:n], nfe)
+                progress(done)
+        return Samples(torch.cat(parts), nfe / done)

@@ -1,22 +1,18 @@
 """Euler-Maruyama on the reverse SDE (Song et al., ICLR 2021, eq. 6)."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from scoresde_cli.rng import normal
-from scoresde_cli.samplers.base import Sampler
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.samplers.base import Sampler, Walk
 from scoresde_cli.sdes.operators import expand
 
 
+@dataclass(kw_only=True)
 class EulerMaruyama(Sampler):
-    """x <- x - h [f - Sigma score] + sqrt(h) G z; one evaluation a step, strong order 1 for additive noise."""
+    """x <- x - h [f - Sigma score] + sqrt(h) G z; one evaluation a step, weak order 1, strong order 1 for additive noise."""
 
-    def step(
-        self, fields: Callable[..., Tensor], sde: SDE, x: Tensor, t: Tensor, s: Tensor, source: torch.Generator
-    ) -> Tensor:
+    def step(self, walk: Walk, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         h = expand(t - s, x)
-        noise = sde.diffusion(t, x).mul(normal(tuple(x.shape), source, x.dtype))
-        return x - h * sde.reverse_drift(x, t, fields(x, t, "score")) + h.sqrt() * noise
+        noise = walk.sde.diffusion(t, x).mul(walk.noise(x))
+        return x - h * walk.sde.reverse_drift(x, t, walk.field(x, t, "score")) + h.sqrt() * noise

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from scoresde_cli.errors import Unreadable, one_line
 
-FORMAT = 2
+FORMAT = 3
 COUNTERS = ("step", "samples", "seconds", "loss_count", "valid", "best", "best_step")
 
 

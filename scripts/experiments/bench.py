@@ -269,7 +269,7 @@ def sample_area(options) -> list[Row]:
     from scoresde_cli.samplers import base
     from scoresde_cli.samplers.heun_ode import HeunODE
 
-    n, sampler = 512 if options.small else 4096, HeunODE()
+    n, sampler = 512 if options.small else 4096, HeunODE(steps=40)
 
     def draw(field: FieldModel, d: int, block: int) -> Callable[[], object]:
         def run() -> None:
