@@ -73,6 +73,7 @@ class Settings:
     t_min: Annotated[float, Field(gt=0, lt=1)]
     times: Times
     ema: Annotated[float, Field(gt=0, lt=1)] | None
+    label_dropout: Annotated[float, Field(ge=0, lt=1)]
     device: str
     precision: Precision
     compile: bool | Literal["auto"]
@@ -206,11 +207,18 @@ def pick_device(name: str) -> torch.device:
         raise ScoreSDEError(f"device={name}: expected auto, cpu, cuda, cuda:INDEX or mps") from None
 
 
-def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int) -> nn.Module:
-    """The network with weights that depend on the seed alone."""
+def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int, classes: int = 0) -> nn.Module:
+    """The network with weights that depend on the seed alone. Raises ScoreSDEError where the data has labels and it takes none."""
+    runtime: dict[str, Any] = {"shape": tuple(shape)}
+    if isinstance(node, Mapping) and "classes" in inspect.signature(locate(node.get("_target_"), "network")).parameters:
+        runtime["classes"] = classes
+    elif classes:
+        raise ScoreSDEError(
+            f"network={node.get('_target_')}: it takes no labels (no argument `classes`); leave out data.labels"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "init").initial_seed())
-        network: nn.Module = build(node, "network", shape=tuple(shape))
+        network: nn.Module = build(node, "network", **runtime)
     return network
 
 
@@ -268,7 +276,7 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     if "train" in data.splits:  # the baseline is the same whatever the parameterisation makes of the moments
         rows, d = len(data.splits["train"]), int(torch.Size(data.shape).numel())
         moments = fit_gaussian(data.splits["train"], "full" if rows > 10 * d else "isotropic")
-    network = build_network(config["network"], data.shape, keys.seed)
+    network = build_network(config["network"], data.shape, keys.seed, len(data.classes))
     model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
     model.bounds = data.bounds

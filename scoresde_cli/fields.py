@@ -32,6 +32,10 @@ class FieldModel(ABC):
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """The score of p_t at x, shape (B, *D), for x (B, *D) and t (B,)."""
 
+    def labelled(self, labels: Tensor | None) -> "FieldModel":
+        """The model given labels (B,) or (1,), -1 for none; itself where it knows none."""
+        return self
+
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x) up to a constant that depends on t, shape (B,); where `provides` names it."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """The figures of a run, drawn from its own numbers. Each function writes one PNG and returns its path."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from scoresde_cli import likelihood
 from scoresde_cli.datasets.base import Dataset
-from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.networks.model import ScoreModel
 
 matplotlib.use("Agg")
@@ -119,25 +119,81 @@ def tiles(images: np.ndarray, side: int, low: float, high: float) -> np.ndarray:
     return rows.reshape(side * (height + 1), side * (width + 1), channels)
 
 
+def grey_ends(data: Dataset) -> tuple[float, float]:
+    """The grey levels, in the user's units, that the model's -1 and 1 stand for."""
+    ends = data.units.to_user(torch.tensor([-1.0, 1.0]).reshape(2, *[1] * len(data.shape)).expand(2, *data.shape))
+    return float(ends[0].min()), float(ends[1].max())
+
+
 def picture(data: Dataset, u: np.ndarray, path: Path) -> Path:
     """Samples alone, in the user's units: a grid of up to 16 x 16 images, or points in the plane."""
     if data.kind == "image":
-        # The grey scale that the model's [-1, 1] stands for.
-        ends = data.units.to_user(torch.tensor([-1.0, 1.0]).reshape(2, *[1] * len(data.shape)).expand(2, *data.shape))
         side = min(16, int(np.ceil(np.sqrt(len(u)))))
-        grid = np.kron(tiles(u, side, float(ends[0].min()), float(ends[1].max())), np.ones((4, 4, 1)))
+        grid = np.kron(tiles(u, side, *grey_ends(data)), np.ones((4, 4, 1)))
         plt.imsave(path, grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
         return path
     points = u.reshape(len(u), -1)
-    if points.shape[1] != 2:
-        raise ScoreSDEError(
-            f"out={path.name}: a picture needs images or data in the plane; take .csv, .parquet or .npz"
-        )
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4, 4))
         axes.scatter(points[:, 0], points[:, 1], s=1.2, alpha=0.4, color=MODEL, lw=0)
         axes.set_aspect("equal")
         return finish(figure, path)
+
+
+def frame_painter(data: Dataset, path: np.ndarray) -> Callable[[Any, np.ndarray], None]:
+    """Draws one frame (m, *D) of a path (frames, m, *D), in the user's units, into axes whose limits are the data's."""
+    if data.kind == "image":
+        side, ends = min(8, int(np.sqrt(path.shape[1]))), grey_ends(data)
+
+        def images(axes: Any, u: np.ndarray) -> None:
+            grid = tiles(u, side, *ends)
+            axes.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+            axes.axis("off")
+
+        return images
+    low, high = (end.numpy() for end in data.units.to_user(torch.stack(data.bounds).reshape(2, *data.shape)))
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    pad = 0.2 * (high - low) + 1e-9
+
+    def points(axes: Any, u: np.ndarray) -> None:
+        axes.scatter(*u.reshape(len(u), -1).T, s=1.5, alpha=0.5, color=MODEL, lw=0)
+        axes.set(xlim=(low[0] - pad[0], high[0] + pad[0]), ylim=(low[1] - pad[1], high[1] + pad[1]))
+
+    return points
+
+
+def frames(data: Dataset, path: np.ndarray, times: list[float], file: Path) -> Path:
+    """The way from noise to data, (frames, m, *D) in the user's units, one panel a frame."""
+    paint, across = frame_painter(data, path), min(6, len(path))
+    down = -(-len(path) // across)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, panels = plt.subplots(down, across, figsize=(2.1 * across, 2.2 * down), squeeze=False)
+        for i, axes in enumerate(panels.flat):
+            if i >= len(path):
+                axes.axis("off")
+                continue
+            paint(axes, path[i])
+            axes.set_title(f"t = {times[i]:.3g}", fontsize=8)
+            axes.set(xticks=[], yticks=[])
+        return finish(figure, file)
+
+
+def film(data: Dataset, path: np.ndarray, times: list[float], file: Path) -> Path:
+    """The same as an animated GIF, 12 frames a second, the last one held for two seconds."""
+    from matplotlib.animation import PillowWriter
+
+    paint = frame_painter(data, path)
+    with plt.rc_context(STYLE | {"axes.grid": False, "figure.constrained_layout.use": False}):
+        figure, axes = plt.subplots(figsize=(3.6, 3.8))
+        writer = PillowWriter(fps=12)
+        with writer.saving(figure, str(file), dpi=100):
+            for u, t in [*zip(path, times, strict=True), *[(path[-1], times[-1])] * 24]:
+                axes.clear()
+                paint(axes, u)
+                axes.set_title(f"t = {t:.3f}", fontsize=9)
+                writer.grab_frame()
+        plt.close(figure)
+    return file
 
 
 def image_grids(a: np.ndarray, b: np.ndarray, title: str, path: Path, side: int = 8) -> Path:

@@ -23,6 +23,7 @@ def run(name: str, module: str, arguments: list[str]) -> int:
     """Compose conf/NAME.yaml with the overrides and hand it to `task(config)` of the command's module."""
     flags, overrides = sort_arguments(name, arguments)
     check_overrides(name, overrides)
+    overrides = keys_alone(name, overrides)
     import hydra
 
     failures: list[Exception] = []
@@ -93,6 +94,13 @@ def sort_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str
             value = rest.pop(0)
         flags.append(value)
     return flags, overrides
+
+
+def keys_alone(name: str, overrides: list[str]) -> list[str]:
+    """`sampler.steps=10` of a command that takes the run's own sampler unless one is named: the key changes that one."""
+    if configs.groups(name).get("sampler", "") is not None or any(o.startswith("sampler=") for o in overrides):
+        return overrides
+    return [f"++{o}" if o.startswith("sampler.") else o for o in overrides]
 
 
 def check_overrides(name: str, overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """A trained run in Python, in the user's units: the door for notebooks, and what `sample` and `evaluate` stand on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from scoresde_cli import likelihood
 from scoresde_cli.compose import build, compose
-from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.errors import ScoreSDEError, nearest
+from scoresde_cli.fields import FieldModel
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rundir import RunDir
-from scoresde_cli.samplers.base import Sampler
+from scoresde_cli.samplers.base import Sampler, Samples, Watch
+from scoresde_cli.samplers.steering import Guided, Known
 from scoresde_cli.training.state import load_weights
 
 
@@ -65,17 +68,46 @@ class Run:
         s = s / units.scale if units.scale is not None else torch.linalg.solve(units.matrix.T, s.T).T  # type: ignore[union-attr]
         return s.reshape(-1, *self.shape).numpy()
 
-    def sample_model(self, n: int, seed: int = 0, sampler: Sampler | None = None, progress: Any = None) -> Any:
-        """n samples in model coordinates, with their NFE (samplers.base.Samples)."""
-        chosen = sampler or self.parts.sampler
-        return chosen.sample(
-            self.model, self.parts.sde, self.shape, n, seed, device=self.parts.device, dtype=self.parts.dtype,
-            progress=progress,
+    def given(self, label: str | int | None, guidance: float = 1.0) -> FieldModel:
+        """The model, given a label where there is one. Raises ScoreSDEError for a label that the run does not know."""
+        if label is None:
+            return self.model
+        classes = self.parts.data.classes
+        if not classes:
+            raise ScoreSDEError(f"label={label}: the run was trained without labels (data.labels)")
+        if str(label) not in classes:
+            raise ScoreSDEError(f"label={label}: expected one of {', '.join(classes)}{nearest(str(label), classes)}")
+        return Guided(self.model, classes.index(str(label)), guidance)
+
+    def blocks(
+        self, n: int, seed: int = 0, sampler: Sampler | None = None, label: str | int | None = None, guidance: float = 1.0,
+        watch: Watch | None = None,
+    ) -> Iterator[Samples]:  # fmt: skip
+        """n samples in model coordinates, block by block, with their NFE. Arguments as for `sample`."""
+        chosen, parts = sampler or self.parts.sampler, self.parts
+        known = None if chosen.known is None else Known.read(chosen.known, parts.data)
+        return chosen.blocks(
+            self.given(label, guidance), parts.sde, self.shape, n, seed, device=parts.device, dtype=parts.dtype, known=known,
+            watch=watch,
         )  # fmt: skip
 
-    def sample(self, n: int, seed: int = 0) -> np.ndarray:
-        """n samples (n, *D) in the user's units, by the run's sampler."""
-        return self.units.to_user(self.sample_model(n, seed).x.cpu()).numpy()
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        sampler: Sampler | None = None,
+        label: str | int | None = None,
+        guidance: float = 1.0,
+    ) -> np.ndarray:
+        """n samples (n, *D) in the user's units.
+
+        Args:
+            sampler: another than the run's own; its `known` is in the user's units.
+            label: the name of a class, for a run whose data has labels.
+            guidance: weight of the label (steering.Guided).
+        """
+        blocks = self.blocks(n, seed, sampler, label, guidance)
+        return self.units.to_user(torch.cat([block.x for block in blocks]).cpu()).numpy()
 
     def log_prob(self, x: Any, steps: int = 50) -> np.ndarray:
         """log p(x) in nats per sample, (n,), density in the user's units, for x (n, *D) in these units.

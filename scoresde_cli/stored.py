@@ -18,9 +18,11 @@ class Stored(Dataset):
     """A data set without its data: enough to sample and to give the samples their units."""
 
     def __init__(
-        self, shape: tuple[int, ...], kind: Any, columns: list[str] | None, units: Units, bounds: tuple[Tensor, Tensor]
-    ) -> None:
+        self, shape: tuple[int, ...], kind: Any, columns: list[str] | None, units: Units, bounds: tuple[Tensor, Tensor],
+        classes: list[str],
+    ) -> None:  # fmt: skip
         self.shape, self.kind, self.columns, self.units, self.bounds = shape, kind, columns, units, bounds
+        self.classes = classes
         self.splits, self.facts = {}, {}
 
 
@@ -31,7 +33,7 @@ def pack_data(data: Dataset, gaussian: Gaussian) -> bytes:
         "shift": units.shift, "scale": units.scale, "matrix": units.matrix, "resolution": units.resolution,
         "low": data.bounds[0], "high": data.bounds[1], "mean": gaussian.mean, "lam": gaussian.lam, "basis": gaussian.basis,
     }  # fmt: skip
-    facts = {"shape": list(data.shape), "kind": data.kind, "columns": data.columns}
+    facts = {"shape": list(data.shape), "kind": data.kind, "columns": data.columns, "classes": data.classes}
     present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
     return save(present, {"data": json.dumps(facts)})
 
@@ -52,6 +54,8 @@ def unpack_data(path: Path) -> tuple[Stored, Gaussian]:
                 raise ValueError(f"{name} is not finite or not of {d} coordinates")
         if ("scale" in tensors) == ("matrix" in tensors):
             raise ValueError("expected a scale or a matrix")
-        return Stored(shape, facts["kind"], facts["columns"], units, (tensors["low"], tensors["high"])), gaussian
+        return Stored(
+            shape, facts["kind"], facts["columns"], units, (tensors["low"], tensors["high"]), facts["classes"]
+        ), gaussian
     except Exception as problem:  # every way in which foreign bytes can fail to be this file
         raise Unreadable(f"{path}: not readable ({one_line(problem)[:120]})") from problem

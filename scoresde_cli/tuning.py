@@ -160,6 +160,8 @@ def step(parts: Parts, field: FieldModel) -> float:
     """Seconds of one loss and its gradient, on draws that are thrown away."""
     x0, source = batch(parts), generator(parts.settings.seed, "trial", device=parts.device)
     began = time.perf_counter()
+    if parts.data.labels is not None:
+        field = field.labelled(parts.data.labels["train"][:1].to(x0.device).expand(len(x0)))
     parts.loss(field, parts.sde, x0, source).mean().backward()
     if parts.device.type != "cpu":
         torch.accelerator.synchronize()

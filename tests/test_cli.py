@@ -190,7 +190,6 @@ WRONG = [
     wrong("sample", "run=nowhere", says="no such directory"),
     wrong("sample", "run=full", "n=0", says="n=0"),
     wrong("sample", "run=full", "out=a.xyz", says=".npz"),
-    wrong("sample", "run=full", "sampler.steps=4", says="choose the sampler first"),
     wrong("evaluate", "run=full", says="not a run directory"),
     wrong("evaluate", "rnu=full", says="did you mean 'run'"),
     wrong("rerun", "nowhere", says="no such directory"),

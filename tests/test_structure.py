@@ -26,6 +26,7 @@ LEVELS = [
     {"stored"},
     {"rundir", "advice", "tuning"},
     {"figures", "evaluation", "runs"},
+    {"writers"},
     {"commands"},
     {"pages", "completion", "hydra_app", "cli"},
     {"__main__"},
@@ -84,7 +85,7 @@ def test_every_yaml_matches_its_constructor(group, option):
     cls = locate(node["_target_"], group)
     parameters = {
         n: p for n, p in inspect.signature(cls).parameters.items()
-        if n != "shape" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if n not in ("shape", "classes") and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }  # fmt: skip
     assert {k for k in node if k != "_target_"} == set(parameters)
     for name, value in node.items():

@@ -1,25 +1,22 @@
 """`scoresde sample`: draw samples from a run and write them in the user's units."""
 
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from scoresde_cli.checks import check_call
 from scoresde_cli.compose import build
-from scoresde_cli.datasets.base import Dataset
-from scoresde_cli.errors import ScoreSDEError, nearest
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.runs import Run
 from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.tracking import console
-
-SUFFIXES = (".npz", ".csv", ".parquet", ".png")
+from scoresde_cli.writers import FILM_FRAMES, WITH_PATH, Track, check_folder, check_out, write_samples
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,9 @@ class Keys:
     n: Annotated[int, Field(ge=1, le=100_000_000)]
     seed: NonNegativeInt
     out: str | None
+    label: str | int | None
+    guidance: Annotated[float, Field(ge=0, le=100)]
+    trajectory: Annotated[int, Field(ge=2, le=1000)] | None
     checkpoint: Literal["selected", "last", "best"] | PositiveInt
     average: bool
     device: str
@@ -48,85 +48,65 @@ def task(config: DictConfig) -> int:
     folder = RunDir.open(keys["run"])
     run = Run(folder, keys["trust"], keys["device"], keys["average"], keys["checkpoint"])
     sampler = pick_sampler(run, chosen, keys["t_min"])
+    sampler.check(run.given(keys["label"], keys["guidance"]), run.parts.sde)
+    if keys["label"] is None and keys["guidance"] != 1:
+        raise ScoreSDEError(f"guidance={keys['guidance']:g}: it is the weight of a label; say label=NAME too")
     if out is None:
         name = f"{type(sampler).__name__}-{sampler.steps}-n{keys['n']}-seed{keys['seed']}.npz"
         out = check_out(run.path / "samples" / name, keys["overwrite"])
         out.parent.mkdir(exist_ok=True)
         check_folder(out)
+    track = pick_track(run, sampler, keys, out)
+    evaluations = 0.0
+
+    def blocks() -> Iterator[Tensor]:
+        nonlocal evaluations
+        done, watch = 0, None if track is None else track.watch
+        for block in run.blocks(keys["n"], keys["seed"], sampler, keys["label"], keys["guidance"], watch):
+            done += len(block.x)
+            evaluations += block.nfe * len(block.x) / keys["n"]
+            progress(done)
+            yield block.x
+
     with console.counting("sampling", keys["n"]) as progress:
-        samples = run.sample_model(keys["n"], keys["seed"], sampler, progress)
-    write_samples(out, run.parts.data, samples.x.cpu(), keys["overwrite"])
+        write_samples(out, run.parts.data, blocks(), keys["n"], keys["overwrite"], track)
     weights = "averaged weights" if run.averaged else "last weights"
+    given = "" if keys["label"] is None else f", given label {keys['label']} with guidance {keys['guidance']:g}"
+    if sampler.known is not None:
+        console.note(
+            f"note: the open values are drawn given the known ones by repainting (sampler.repaint={sampler.repaint}), which is "
+            "approximate; more repeats are more exact"
+        )
     console.note(
-        f"{keys['n']} samples by {type(sampler).__name__}, {samples.nfe} evaluations each, {weights} of step {run.step}"
+        f"{keys['n']} samples by {type(sampler).__name__}{given}, {evaluations:g} evaluations each, {weights} of step {run.step}"
     )
     console.note(f"written  {out}")
     return 0
 
 
+def pick_track(run: Run, sampler: Sampler, keys: dict[str, Any], out: Path) -> Track | None:
+    """What records the path, where one is asked for."""
+    frames = keys["trajectory"] or (FILM_FRAMES if out.suffix.lower() == ".gif" else None)
+    if frames is None:
+        return None
+    if out.suffix.lower() not in WITH_PATH:
+        raise ScoreSDEError(f"trajectory={frames}: a path goes into {', '.join(WITH_PATH)}, not into out={out}")
+    looks = len(sampler.times(run.parts.sde)) + sampler.denoise
+    return Track(looks, frames, keys["n"], run.shape)
+
+
 def pick_sampler(run: Run, chosen: dict[str, Any] | None, t_min: float | None) -> Sampler:
-    """The sampler of the command line, else the run's own."""
+    """The sampler of the command line, else the run's own with the keys of the command line."""
     trained = run.parts.settings.t_min
     sampler = run.parts.sampler
     if chosen is not None:
+        if "_target_" not in chosen:  # keys alone change the run's own
+            chosen = {**run.config["sampler"], **chosen}
         sampler = build({**chosen, "t_min": chosen.get("t_min") or trained}, "sampler")
     if t_min is not None:
+        if isinstance(sampler.grid, list):
+            raise ScoreSDEError(f"t_min={t_min}: the list sampler.grid={sampler.grid} says where the times end")
         sampler.t_min = t_min
     if sampler.t_min < trained:
         raise ScoreSDEError(f"t_min={sampler.t_min}: the run's score is trained on t >= {trained}")
     return sampler
-
-
-def check_out(path: Path, overwrite: bool) -> Path:
-    if path.suffix.lower() not in SUFFIXES:
-        raise ScoreSDEError(
-            f"out={path}: expected a name ending in {', '.join(SUFFIXES)}{nearest(path.suffix, SUFFIXES)}"
-        )
-    if path.exists() and not overwrite:
-        raise ScoreSDEError(f"{path} exists already; choose another out= or say overwrite=true")
-    return path
-
-
-def check_folder(path: Path) -> None:
-    """Refuse, before any work, a file whose folder does not exist or cannot be written to."""
-    if not path.parent.is_dir():
-        raise ScoreSDEError(f"out={path}: the folder {path.parent} does not exist")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as problem:
-        raise ScoreSDEError(f"out={path}: the folder {path.parent} cannot be written to ({problem.strerror})") from None
-
-
-def write_samples(path: Path, data: Dataset, x: Tensor, overwrite: bool) -> None:
-    """Write samples x (n, *D), given in model coordinates, in the user's units."""
-    check_out(path, overwrite)
-    u = data.units.to_user(x).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(temporary, path.suffix.lower(), data, u, x)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write(path: Path, suffix: str, data: Dataset, u: np.ndarray, x: Tensor) -> None:
-    if suffix == ".npz":
-        arrays: dict[str, Any] = {"x": u.astype(np.float32)}
-        if data.columns is not None:
-            arrays["columns"] = np.array(data.columns)
-        np.savez_compressed(path, **arrays)
-        return
-    if suffix == ".png":
-        from scoresde_cli import figures
-
-        figures.picture(data, u, path)
-        return
-    import pandas as pd
-
-    flat = u.reshape(len(u), -1)
-    frame = pd.DataFrame(flat, columns=data.columns or [f"x{i}" for i in range(flat.shape[1])])
-    if suffix == ".csv":
-        frame.to_csv(path, index=False)
-    else:
-        frame.to_parquet(path, index=False)

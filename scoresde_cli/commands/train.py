@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from scoresde_cli import evaluation
 from scoresde_cli.advice import advice
-from scoresde_cli.commands.sample import write_samples
 from scoresde_cli.compose import Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.networks.model import ScoreModel
@@ -24,6 +23,7 @@ from scoresde_cli.training import loop
 from scoresde_cli.training.state import TrainState, checkpoints, load_weights, save_checkpoint
 from scoresde_cli.training.stop import StopRequest, stop_requests
 from scoresde_cli.tuning import settle
+from scoresde_cli.writers import write_samples
 
 MAY_CHANGE = ("steps", "max_seconds", "resume", "trust")
 
@@ -188,6 +188,7 @@ def plan_of(parts: Parts) -> loop.Plan:
     return loop.Plan(
         parts.model, parts.field, parts.sde, parts.loss, parts.optimizer, resident("train"), resident("valid"), parts.baseline,
         s.seed, s.steps, s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
+        None if parts.data.labels is None else parts.data.labels["train"].to(parts.device), s.label_dropout,
     )  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary["peak_memory_mb"] = evaluation.plain(peak, "MB", of="the process, host memory")
-    write_samples(run.path / "samples.npz", parts.data, samples.x.cpu(), overwrite=True)
+    write_samples(run.path / "samples.npz", parts.data, [samples.x], len(samples.x), overwrite=True)
     figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline) if s.eval["figures"] else []
     run.write("summary.json", summary)
     for each in trackers:

@@ -68,6 +68,8 @@ class Dataset(ABC):
         kind: how to show it.
         columns: names of the columns of a table, else None.
         units: the way to the user's units and back.
+        classes: names of the labels, none where the data has none.
+        labels: the label of each row by split, (n,) int64, where there are classes.
         splits: float32 tensors (n, *D) by name: train, valid, test.
         bounds: the least and the largest value of each coordinate in the training split, (d,) each.
         facts: what a reader of the run should know (file, rows dropped, ...).
@@ -77,6 +79,8 @@ class Dataset(ABC):
     kind: Kind = "points"
     columns: list[str] | None = None
     units: Units
+    classes: list[str] = []
+    labels: dict[str, Tensor] | None = None
     splits: dict[str, Tensor]
     facts: dict[str, Any]
 
@@ -118,11 +122,17 @@ class Sampled(Dataset):
 
 
 class SampledMixture(Sampled):
-    """A Gaussian mixture: exact density and score at every t."""
+    """A Gaussian mixture: exact density and score at every t. With `labels`, the component of each row is its label."""
 
-    def __init__(self, law: Mixture, n: int, seed: int) -> None:
+    def __init__(self, law: Mixture, n: int, seed: int, labels: bool = False) -> None:
         self.law = law
         super().__init__((law.means.shape[1],), n, seed)
+        if labels:
+            self.classes = [str(k) for k in range(len(law.weights))]
+            self.labels = {
+                name: law.components(len(x), generator(seed, "data", i))
+                for i, (name, x) in enumerate(self.splits.items())
+            }  # the first that a draw takes of its generator
 
     def draw(self, n: int, source: torch.Generator) -> Tensor:
         return self.law.sample(n, source)

@@ -12,15 +12,17 @@ class Digits(Dataset):
 
     Args:
         dequantise: add uniform noise of one grey level (for likelihoods; samples are rounded back to the levels).
+        labels: the digit is the label.
         seed: of the split and of the dequantisation.
     """
 
     kind = "image"
 
-    def __init__(self, dequantise: bool = False, seed: int = 0) -> None:
+    def __init__(self, dequantise: bool = False, labels: bool = False, seed: int = 0) -> None:
         from sklearn.datasets import load_digits
 
-        u = torch.from_numpy(load_digits().images)
+        loaded = load_digits()
+        u = torch.from_numpy(loaded.images)
         rows, _ = split_rows(u, seed)
         self.shape, d = (1, 8, 8), 64
         ones = torch.ones(d, dtype=torch.float64)
@@ -29,4 +31,7 @@ class Digits(Dataset):
             u = u + uniform(tuple(u.shape), generator(seed, "dequantise"), torch.float64) - 0.5
         x: Tensor = self.units.to_model(u).float()
         self.splits = {name: x[index] for name, index in rows.items()}
+        if labels:
+            self.classes = [str(name) for name in loaded.target_names]
+            self.labels = {name: torch.from_numpy(loaded.target)[index] for name, index in rows.items()}
         self.facts = {"rows": len(x), "dequantised": dequantise}

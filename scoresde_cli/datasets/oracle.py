@@ -25,9 +25,13 @@ class Mixture:
         self.means, self.lam = means.double(), lam.double()
         self.bases = None if bases is None else bases.double()
 
+    def components(self, n: int, generator: torch.Generator) -> Tensor:
+        """The components of n draws, (n,) int64."""
+        return torch.multinomial(self.weights, n, replacement=True, generator=generator)
+
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws, (n, d), float64."""
-        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        k = self.components(n, generator)
         y = normal((n, self.means.shape[1]), generator, torch.float64) * self.lam[k].sqrt()
         if self.bases is not None:
             y = torch.einsum("nij,nj->ni", self.bases[k], y)

@@ -13,6 +13,7 @@ from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest, one_line
 from scoresde_cli.rng import generator, uniform
 
 MIN_ROWS = 20
+MANY_CLASSES = 1000
 SEPARATORS = ",;\t|"
 
 
@@ -26,6 +27,7 @@ class Table(Dataset):
         scaling: standardise (mean 0, variance 1 by column), whiten (covariance I) or none; moments of the training rows.
         dequantise: add uniform noise of each column's smallest step, so that a density exists; samples are rounded back.
         key: name of the array in an .npz file that holds several.
+        labels: name of the column, of numbers or words, that holds the class of each row; it is not modelled itself.
         seed: of the split and of the dequantisation.
 
     Raises Unreadable (exit code 4) where the file cannot serve, ScoreSDEError (2) where a setting does not fit it.
@@ -36,15 +38,16 @@ class Table(Dataset):
     def __init__(
         self, path: str, columns: list[str] | None = None, missing: Literal["refuse", "drop"] = "refuse",
         scaling: Literal["standardise", "whiten", "none"] = "standardise", dequantise: bool = False,
-        key: str | None = None, seed: int = 0,
+        key: str | None = None, labels: str | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         file = Path(path).expanduser()
         if not file.is_file():
             what = "is a directory" if file.is_dir() else "does not exist"
             near = nearest(file.name, [p.name for p in file.parent.iterdir()]) if file.parent.is_dir() else ""
             raise ScoreSDEError(f"data.path={path}: the file {what}{near}")
-        u, names = read(file, columns, key)
-        u, dropped = handle_missing(u, names, missing, path)
+        u, names, words = read(file, columns, key, labels)
+        keep, dropped = handle_missing(u, names, words, missing, path)
+        u = u[keep]
         if len(u) < MIN_ROWS:
             raise Unreadable(f"data.path={path}: {len(u)} row(s) of data, expected at least {MIN_ROWS}")
         self.shape = tuple(u.shape[1:])
@@ -63,24 +66,30 @@ class Table(Dataset):
         self.units = fit_units(u[rows["train"]], scaling, names, resolution)
         x = self.units.to_model(u).float()
         self.splits = {name: x[index] for name, index in rows.items()}
+        if words is not None:
+            self.classes, codes = classes_of(words[keep.numpy()], path, str(labels))
+            self.labels = {name: codes[index] for name, index in rows.items()}
         self.facts = {
             "path": str(file.resolve()), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "rows": len(u),
             "rows_dropped": dropped, "rows_repeated": repeated, "scaling": scaling, "dequantised": dequantise,
         }  # fmt: skip
 
 
-def read(file: Path, columns: list[str] | None, key: str | None) -> tuple[torch.Tensor, list[str] | None]:
-    """The file as a float64 tensor (n, *D), and its column names if it is a table."""
+Read = tuple[torch.Tensor, list[str] | None, np.ndarray | None]
+
+
+def read(file: Path, columns: list[str] | None, key: str | None, labels: str | None) -> Read:
+    """The file as a float64 tensor (n, *D), its column names if it is a table, and the column of labels as it stands (n,)."""
     suffix = file.suffix.lower()
     if file.stat().st_size == 0:
         raise Unreadable(f"data.path={file}: the file is empty")
     try:
         if suffix in (".npy", ".npz"):
-            return read_array(file, columns, key)
+            return read_array(file, columns, key, labels)
         if suffix in (".csv", ".tsv", ".txt", ".parquet", ".pq"):
             if key is not None:
                 raise ScoreSDEError(f"data.key={key}: only an .npz file has arrays by name")
-            return read_frame(file, columns)
+            return read_frame(file, columns, labels)
     except ScoreSDEError:
         raise
     except UnicodeDecodeError:
@@ -92,7 +101,7 @@ def read(file: Path, columns: list[str] | None, key: str | None) -> tuple[torch.
     raise ScoreSDEError(f"data.path={file}: expected a .csv, .tsv, .txt, .parquet, .npy or .npz file, got {suffix!r}")
 
 
-def read_array(file: Path, columns: list[str] | None, key: str | None) -> tuple[torch.Tensor, list[str] | None]:
+def read_array(file: Path, columns: list[str] | None, key: str | None, labels: str | None) -> Read:
     loaded: Any = np.load(file, allow_pickle=False)
     if isinstance(loaded, np.lib.npyio.NpzFile):
         names = list(loaded.files)
@@ -109,16 +118,15 @@ def read_array(file: Path, columns: list[str] | None, key: str | None) -> tuple[
         raise Unreadable(f"data.path={file}: an array of shape {loaded.shape}, expected (rows, ...)")
     u = torch.from_numpy(loaded.astype(np.float64))
     if u.ndim > 2:
-        if columns is not None:
+        if columns is not None or labels is not None:
             raise ScoreSDEError(
-                f"data.columns={columns}: {file} is an array of shape {tuple(u.shape)}, it has no columns"
+                f"data.columns or data.labels: {file} is an array of shape {tuple(u.shape)}, it has no columns"
             )
-        return u, None
+        return u, None, None
     names = [f"x{i}" for i in range(u.shape[1])]
-    if columns is not None:
-        u = u[:, [position(name, names, file) for name in columns]]
-        names = list(columns)
-    return u, names
+    words = None if labels is None else u[:, position(labels, names, file)].numpy()
+    kept = [name for name in (columns or names) if name != labels]
+    return u[:, [position(name, names, file) for name in kept]], kept, words
 
 
 def position(name: str, names: list[str], file: Path) -> int:
@@ -129,7 +137,7 @@ def position(name: str, names: list[str], file: Path) -> int:
     return names.index(name)
 
 
-def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, list[str]]:
+def read_frame(file: Path, columns: list[str] | None, labels: str | None) -> Read:
     import pandas as pd
 
     if file.suffix.lower() in (".parquet", ".pq"):
@@ -142,6 +150,11 @@ def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, lis
         frame = pd.read_csv(file, sep=separator, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
     names = [str(name).strip() for name in frame.columns]
     frame.columns = pd.Index(names)
+    words = None
+    if labels is not None:
+        position(labels, names, file)
+        words = frame.pop(labels).to_numpy()
+        columns = None if columns is None else [name for name in columns if name != labels]
     if columns is not None:
         if not columns or len(set(columns)) < len(columns):
             raise ScoreSDEError(f"data.columns={columns}: expected at least one column, and each once")
@@ -157,7 +170,7 @@ def read_frame(file: Path, columns: list[str] | None) -> tuple[torch.Tensor, lis
         example = f" (for instance {str(bad.iloc[0])[:40]!r})" if len(bad) else " (it is empty)"
         hint = f"; keep the others with data.columns=[{','.join(numeric)}]" if numeric else ""
         raise Unreadable(f"data.path={file}: column {text[0]!r} does not hold numbers{example}{hint}")
-    return torch.from_numpy(frame.to_numpy(dtype=np.float64, na_value=np.nan).copy()), list(frame.columns)
+    return torch.from_numpy(frame.to_numpy(dtype=np.float64, na_value=np.nan).copy()), list(frame.columns), words
 
 
 def check_header(file: Path, names: list[str]) -> None:
@@ -178,9 +191,15 @@ def check_header(file: Path, names: list[str]) -> None:
         raise Unreadable(f"data.path={file}: its first line holds numbers; put a line with the columns' names above it")
 
 
-def handle_missing(u: torch.Tensor, names: list[str] | None, missing: str, path: str) -> tuple[torch.Tensor, int]:
-    """The rows without missing or infinite values, and how many were dropped."""
+def handle_missing(
+    u: torch.Tensor, names: list[str] | None, words: np.ndarray | None, missing: str, path: str
+) -> tuple[torch.Tensor, int]:
+    """Which rows have no missing or infinite value, and how many are left out."""
+    import pandas as pd
+
     bad = ~torch.isfinite(u.flatten(1))
+    if words is not None:
+        bad, names = torch.cat([bad, torch.from_numpy(pd.isna(words))[:, None]], 1), [*(names or []), "of the labels"]
     rows = bad.any(1)
     count = int(rows.sum())
     if count and missing == "refuse":
@@ -190,7 +209,20 @@ def handle_missing(u: torch.Tensor, names: list[str] | None, missing: str, path:
             f"data.path={path}: {count} row(s) with missing or infinite values (the first is row {first + 1} of the data; "
             f"{where} has some); drop them with data.missing=drop"
         )
-    return u[~rows], count
+    return ~rows, count
+
+
+def classes_of(words: np.ndarray, path: str, column: str) -> tuple[list[str], torch.Tensor]:
+    """(names of the classes in order, the number of each row's class (n,))."""
+    values, codes = np.unique(words, return_inverse=True)
+    if not 2 <= len(values) <= min(MANY_CLASSES, len(words) // 2):
+        raise Unreadable(
+            f"data.path={path}: the column {column!r} of labels has {len(values)} distinct values in {len(words)} rows; expected "
+            f"classes, at least 2 and at most {min(MANY_CLASSES, len(words) // 2)}"
+        )
+    return [f"{value:g}" if isinstance(value, float) else str(value) for value in values], torch.from_numpy(
+        codes
+    ).long()
 
 
 def smallest_step(column: np.ndarray) -> float:

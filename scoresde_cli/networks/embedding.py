@@ -1,4 +1,4 @@
-"""Features of the noise level for a network's input."""
+"""Features of the noise level, and of a label, for a network's input."""
 
 import torch
 from torch import Tensor, nn
@@ -7,18 +7,26 @@ from torch import Tensor, nn
 class NoiseEmbedding(nn.Module):
     """c -> [c, sin(f_k c), cos(f_k c)] with fixed frequencies f_k = 2^(k/2)/2 (cf. Tancik et al., NeurIPS 2020).
 
+    With classes, the input is (c, label) and a one-hot code of the label follows, all zeros for a label of -1 (none).
+
     Args:
-        frequencies: how many f_k; the output has 1 + 2 * frequencies features.
+        frequencies: how many f_k; the output has 1 + 2 * frequencies + classes features.
+        classes: how many labels there are.
     """
 
     f: Tensor
 
-    def __init__(self, frequencies: int = 8) -> None:
+    def __init__(self, frequencies: int = 8, classes: int = 0) -> None:
         super().__init__()
+        self.classes = classes
         self.register_buffer("f", 0.5 * 2.0 ** (0.5 * torch.arange(frequencies)), persistent=False)
-        self.features = 1 + 2 * frequencies
+        self.features = 1 + 2 * frequencies + classes
 
     def forward(self, c: Tensor) -> Tensor:
-        """(B,) -> (B, features)."""
-        phase = c.unsqueeze(-1) * self.f
-        return torch.cat([c.unsqueeze(-1), torch.sin(phase), torch.cos(phase)], dim=-1)
+        """(B,), with classes (B, 2), -> (B, features)."""
+        level, label = (c[:, :1], c[:, 1:]) if self.classes else (c.unsqueeze(-1), None)
+        phase = level * self.f
+        parts = [level, torch.sin(phase), torch.cos(phase)]
+        if label is not None:
+            parts.append((label == torch.arange(self.classes, device=c.device)).to(c.dtype))
+        return torch.cat(parts, dim=-1)

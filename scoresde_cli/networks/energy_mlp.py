@@ -32,17 +32,20 @@ class EnergyMLP(nn.Module):
         width: units of a hidden layer.
         depth: number of hidden layers.
         activation: smooth ones.
+        classes: as for MLP.
     """
 
     conservative = True
 
     def __init__(
-        self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3, activation: Smooth = "silu"
-    ) -> None:
+        self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3, activation: Smooth = "silu",
+        classes: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         d = int(torch.Size(shape).numel())
         self.activation: Smooth = activation
-        self.embedding = NoiseEmbedding()
+        self.classes = classes
+        self.embedding = NoiseEmbedding(classes=classes)
         self.first = nn.Linear(d, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.level = nn.Linear(self.embedding.features, depth * width, bias=False)

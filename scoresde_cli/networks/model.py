@@ -1,5 +1,6 @@
 """The score model: one network, its parameterisation, and the data's Gaussian part."""
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -66,6 +67,7 @@ class ScoreModel(nn.Module, FieldModel):
     lam: Tensor
     basis: Tensor | None
     chunk: int | None = None  # directions that are pushed through the network at a time
+    labels: Tensor | None = None  # (B,) or (1,) of a view made by `labelled`; -1 for none
     low: bool = False  # the network's matrix products in bfloat16; the linear part and the weights keep their precision
 
     def __init__(self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian) -> None:
@@ -75,12 +77,19 @@ class ScoreModel(nn.Module, FieldModel):
             raise ScoreSDEError(f"sde {type(sde).__name__} has no closed-form kernel, which the noise levels come from")
         self.network, self.sde, self.kernel = network, sde, kernel
         self.parameterisation, self.gaussian = parameterisation, gaussian
+        self.classes = int(getattr(network, "classes", 0))
         if hasattr(network, "energy"):
             self.provides = self.provides | {"log_density"}
         # In float64 here; `.to(dtype)` on the whole model brings them to the network's precision.
         self.register_buffer("mean", gaussian.mean)
         self.register_buffer("lam", gaussian.lam)
         self.register_buffer("basis", gaussian.basis if parameterisation.centred else None)
+
+    def labelled(self, labels: Tensor | None) -> "ScoreModel":
+        """The same model, same weights, given labels (B,) or (1,), -1 for none: the score of p_t(x | label)."""
+        view = copy.copy(self)
+        view.labels = labels
+        return view
 
     @property
     def variance(self) -> float:  # type: ignore[override]
@@ -105,7 +114,11 @@ class ScoreModel(nn.Module, FieldModel):
         if getattr(self.network, "conservative", False):
             # diag(out) H diag(inp) is symmetric, so the score is still a gradient, where out is a multiple of inp.
             out = inp * (out / inp).mean(1, keepdim=True)
-        return y, 0.5 * torch.log(sigma / alpha), skip, out, inp
+        c = 0.5 * torch.log(sigma / alpha)
+        if self.classes:
+            labels = torch.full_like(c, -1) if self.labels is None else self.labels.to(c)
+            c = torch.stack([c, labels.repeat(len(c) // len(labels))], dim=1)
+        return y, c, skip, out, inp
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         y, c, skip, out, inp = self._prepare(x, t)

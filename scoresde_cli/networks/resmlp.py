@@ -19,16 +19,17 @@ class ResMLP(nn.Module):
         width: units of the residual stream and of each block.
         depth: number of blocks, two layers each.
         activation: smooth ones for implicit and sliced losses (dual.PIECEWISE_LINEAR are refused there).
+        classes: labels of the data, 0 where it has none; c is then (B, 2), the noise level and the label.
     """
 
     def __init__(
         self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3,
-        activation: dual.Activation = "silu",
+        activation: dual.Activation = "silu", classes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         d = int(torch.Size(shape).numel())
-        self.activation = activation
-        self.embedding = NoiseEmbedding()
+        self.activation, self.classes = activation, classes
+        self.embedding = NoiseEmbedding(classes=classes)
         self.first = nn.Linear(d, width)
         self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.level = nn.ModuleList(nn.Linear(self.embedding.features, width, bias=False) for _ in range(depth))

@@ -48,6 +48,27 @@ class Tempered(Steered):
         return self.factor(t) * self.model.log_density(x, t)
 
 
+class Guided(Steered):
+    """score(x) + weight (score(x | label) - score(x)): 1 is the score given the label, above 1 it is followed more strictly.
+
+    Source: Ho and Salimans, "Classifier-free diffusion guidance", 2022, eq. 6, whose w is weight - 1. For a weight other than 0
+    and 1 this is the score of no noised law, and samples are sharper than the data.
+    """
+
+    def __init__(self, model: FieldModel, label: int, weight: float) -> None:
+        super().__init__(model)
+        self.provides = self.provides - {"log_density"}
+        self.weight, given = weight, torch.tensor([label])
+        self.given, self.free = model.labelled(given), model.labelled(None)
+        self.evaluations = model.evaluations * (1 if weight in (0, 1) else 2)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.weight == 1:
+            return self.given.score(x, t)
+        free = self.free.score(x, t)
+        return free if self.weight == 0 else free + self.weight * (self.given.score(x, t) - free)
+
+
 class Clipped(Steered):
     """The score of which E[x_0 | x_t] stays within the range of the data ("clip_denoised": Ho et al., NeurIPS 2020, their code)."""
 

@@ -33,6 +33,10 @@ class Compiled(FieldModel):
     def _whole(self, directions: int) -> bool:
         return self.model.chunk is None or directions <= self.model.chunk
 
+    def labelled(self, labels: Tensor | None) -> "Compiled":
+        self.model.labels = labels  # what is compiled is bound to this model, so the labels go to it
+        return self
+
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         return self._score(x, t)
 

@@ -14,7 +14,7 @@ from scoresde_cli.errors import Diverged
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import Loss
 from scoresde_cli.networks.model import ScoreModel
-from scoresde_cli.rng import generator
+from scoresde_cli.rng import generator, uniform
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training.optimizer import Adam
 from scoresde_cli.training.state import TrainState
@@ -45,6 +45,8 @@ class Plan:
     ema: float | None
     log_every: int
     save_every: int
+    labels: Tensor | None = None  # (n,) of the training rows
+    label_dropout: float = 0.0
 
 
 @dataclass
@@ -89,7 +91,11 @@ def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     torch.manual_seed(source.initial_seed())  # for what a user's network draws of the global generator (dropout)
     rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
-    loss = plan.loss(plan.field, plan.sde, plan.train[rows], source).mean()
+    field = plan.field
+    if plan.labels is not None:
+        hidden = uniform((plan.batch_size,), source) < plan.label_dropout
+        field = field.labelled(torch.where(hidden, -1, plan.labels[rows]))
+    loss = plan.loss(field, plan.sde, plan.train[rows], source).mean()
     loss.backward()
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
