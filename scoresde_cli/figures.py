@@ -225,7 +225,8 @@ def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path
         return u, v, torch.from_numpy(np.stack([u.ravel(), v.ravel()], axis=1)).to(like)
 
     u, v, points = mesh(side)
-    log = likelihood.log_prob(model, model.sde, points, t_min, 20).cpu().numpy().reshape(side, side)
+    flow = likelihood.Flow(steps=20)
+    log = likelihood.log_prob(model, model.sde, points, t_min, flow).value.cpu().numpy().reshape(side, side)
     top = float(np.nanmax(log))
     a, b, coarse = mesh(22)
     t_field = 0.05 * model.sde.T

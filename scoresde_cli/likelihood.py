@@ -1,49 +1,139 @@
 """log p through the probability-flow ODE: the instantaneous change of variables.
 
-With dx/dt = velocity(x, t), log p_{t_min}(x) = log p_T(x_T) + int_{t_min}^T div velocity dt (Chen et al., NeurIPS 2018, theorem 1;
-Song et al., ICLR 2021, eq. 39). p_T is taken to be the process's prior.
+With dx/dt = velocity(x, t),
+
+    log p_{t_min}(x) = log p_T(x_T) + int_{t_min}^T div velocity dt,
+    div velocity = div [f - 1/2 div Sigma] - 1/2 (div Sigma) . score - 1/2 tr(Sigma J),
+
+p_T taken to be the process's prior (Chen et al., NeurIPS 2018, theorem 1; Song et al., ICLR 2021, eq. 39). The trace is exact, or
+estimated with random directions that stay the same along the way (Grathwohl et al., ICLR 2019, eq. 8): unbiased, as the way itself
+does not depend on them. Independent repeats of the estimate give its standard error.
 """
 
-import itertools
-import math
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from scoresde_cli import divergence
 from scoresde_cli.fields import FieldModel
+from scoresde_cli.projections import Projection
+from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
+
+ROWS = 2048  # at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """How the integral is done.
+
+    Args:
+        method: rk4 (the classical Runge-Kutta method, `steps` steps even in sqrt(t)) or dopri5 (adaptive, to rtol and atol).
+        projection: law of the directions of the trace; None for the exact trace.
+        n_proj: directions of one estimate.
+        repeats: independent estimates, at least two for a standard error.
+    """
+
+    method: Literal["rk4", "dopri5"] = "rk4"
+    steps: PositiveInt = 50
+    rtol: PositiveFloat = 1e-5
+    atol: PositiveFloat = 1e-5
+    projection: Projection | None = None
+    n_proj: PositiveInt = 1
+    repeats: PositiveInt = 8
+
+
+@dataclass(frozen=True)
+class LogDensity:
+    """`estimates` (repeats, n) of log p in nats, one where the trace is exact; `nfe` evaluations of the score for each row."""
+
+    estimates: Tensor
+    nfe: float
+
+    @property
+    def value(self) -> Tensor:
+        """The mean estimate, (n,)."""
+        return self.estimates.mean(0)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of the mean over the directions, (n,); zero where the trace is exact, nan where it was estimated once."""
+        if len(self.estimates) == 1:
+            return torch.full_like(self.estimates[0], torch.nan)
+        return self.estimates.std(0) / len(self.estimates) ** 0.5
 
 
 @torch.no_grad()
-def log_prob(model: FieldModel, sde: SDE, x: Tensor, t_min: float, steps: int) -> Tensor:
-    """log p at t_min of x (n, *D) in model coordinates: (n,), nats, by the classical Runge-Kutta method with the exact divergence.
+def log_prob(
+    model: FieldModel, sde: SDE, x: Tensor, t_min: float, flow: Flow | None = None, seed: int = 0
+) -> LogDensity:
+    """log p at t_min of x (n, *D) in model coordinates.
 
-    The grid is even in sqrt(t). Needs a process with a Gaussian kernel and no jumps.
+    Needs a process with a Gaussian kernel and no jumps. The directions of row i depend on the seed and i alone.
     """
-    return torch.cat([_log_prob(model, sde, part, t_min, steps) for part in x.split(4096)])
+    flow = flow or Flow()
+    found, spent = [], 0.0
+    for i, part in enumerate(x.split(ROWS)):
+        estimates, nfe = integrate(model, sde, part, t_min, flow, generator(seed, "probes", i, device=x.device))
+        found.append(estimates)
+        spent += nfe * len(part) / len(x)
+    return LogDensity(torch.cat(found, dim=1), spent)
 
 
-def _log_prob(model: FieldModel, sde: SDE, x: Tensor, t_min: float, steps: int) -> Tensor:
-    def velocity(y: Tensor, t: Tensor) -> Tensor:
-        return model.fields(y, t, {"velocity"})["velocity"]
+def integrate(
+    model: FieldModel, sde: SDE, x: Tensor, t_min: float, flow: Flow, source: torch.Generator
+) -> tuple[Tensor, int]:
+    """(log p (repeats, B), evaluations). The state is kept in float64, the model evaluated in the precision of x."""
+    from torchdiffeq import odeint
 
-    def rates(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return divergence.score_and_trace(velocity, y, t)
+    v = None
+    if flow.projection is not None:
+        # A chunk that is not full draws as if it were, so that its rows do not depend on how many there are.
+        draws = [
+            flow.projection.sample((ROWS, *x.shape[1:]), flow.n_proj, source, x.dtype) for _ in range(flow.repeats)
+        ]
+        v = torch.cat(draws)[:, : len(x)]
+    nfe = 0
 
-    grid = torch.linspace(t_min**0.5, sde.T**0.5, steps + 1, dtype=torch.float64).square().to(x)
-    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for t, s in itertools.pairwise(grid):
-        h, middle = s - t, 0.5 * (t + s)
-        v1, d1 = rates(x, t.expand(len(x)))
-        v2, d2 = rates(x + 0.5 * h * v1, middle.expand(len(x)))
-        v3, d3 = rates(x + 0.5 * h * v2, middle.expand(len(x)))
-        v4, d4 = rates(x + h * v3, s.expand(len(x)))
-        x = x + h / 6 * (v1 + 2 * v2 + 2 * v3 + v4)
-        total += float(h) / 6 * (d1 + 2 * d2 + 2 * d3 + d4).double()
-    kernel = sde.kernel()
-    assert kernel is not None
-    sigma = kernel.sigma(torch.full((len(x),), sde.T, dtype=torch.float64, device=x.device))
-    d = x[0].numel()
-    z2 = x.double().flatten(1).square().sum(1) / sigma.square()
-    return total - 0.5 * z2 - d * sigma.log() - 0.5 * d * math.log(2 * math.pi)
+    def rates(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """d/du of x and of the integral, with t = u^2."""
+        nonlocal nfe
+        nfe += 1
+        y, t = state[0].to(x.dtype), u.square().to(x.dtype).expand(len(x))
+        score, trace = weighted_traces(model, sde, y, t, v, flow.repeats)
+        div = sde.known_divergence(y, t) - 0.5 * (sde.div_sigma(y, t) * score).flatten(1).sum(1) - 0.5 * trace
+        return 2 * u * sde.velocity(y, t, score).double(), 2 * u * div.double()
+
+    ends = torch.tensor([t_min**0.5, sde.T**0.5], dtype=torch.float64, device=x.device)
+    if flow.method == "rk4":
+        grid = torch.linspace(float(ends[0]), float(ends[1]), flow.steps + 1, dtype=torch.float64, device=x.device)
+        options: dict[str, Any] = {"grid_constructor": lambda *_: grid}
+    else:
+        options = {"step_t": ends[1:]}
+    start = x.double(), torch.zeros(1 if v is None else flow.repeats, len(x), dtype=torch.float64, device=x.device)
+    ys, totals = odeint(rates, start, ends, rtol=flow.rtol, atol=flow.atol, method=flow.method, options=options)
+    return totals[-1] + sde.prior_log_prob(ys[-1]), nfe
+
+
+def weighted_traces(
+    model: FieldModel, sde: SDE, x: Tensor, t: Tensor, v: Tensor | None, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """(score (B, *D), tr(Sigma J) (1, B) or its estimates (repeats, B) with directions v (K, B, *D), K a multiple of repeats)."""
+    G = sde.diffusion(t, x)
+    scale = G.scale()
+    if v is None and scale is not None:
+        score, trace = divergence.score_and_trace(model, x, t)
+        return score, (scale.square() * trace).unsqueeze(0)
+    if v is not None and scale is not None:
+        score, products = divergence.score_and_projections(model, x, t, v, exact=True)
+        return score, scale.square() * products.reshape(repeats, -1, len(x)).mean(1)
+    if v is None:  # sum_i (G e_i)^T J (G e_i)
+        d = x[0].numel()
+        units = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
+        score, products = divergence.score_and_projections(model, x, t, torch.stack([G.mul(e) for e in units]))
+        return score, products.sum(0, keepdim=True)
+    score, products = divergence.score_and_projections(model, x, t, torch.stack([G.mul(each) for each in v]))
+    return score, products.reshape(repeats, -1, len(x)).mean(1)

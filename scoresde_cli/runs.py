@@ -1,6 +1,7 @@
 """A trained run in Python, in the user's units: the door for notebooks, and what `sample` and `evaluate` stand on."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scoresde_cli import likelihood
 from scoresde_cli.compose import build, compose
 from scoresde_cli.errors import ScoreSDEError, nearest
 from scoresde_cli.fields import FieldModel
+from scoresde_cli.likelihood import Flow
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.samplers.base import Sampler, Samples, Watch
@@ -77,7 +79,8 @@ class Run:
             raise ScoreSDEError(f"label={label}: the run was trained without labels (data.labels)")
         if str(label) not in classes:
             raise ScoreSDEError(f"label={label}: expected one of {', '.join(classes)}{nearest(str(label), classes)}")
-        return Guided(self.model, classes.index(str(label)), guidance)
+        index = classes.index(str(label))
+        return self.model.labelled(torch.tensor([index])) if guidance == 1 else Guided(self.model, index, guidance)
 
     def blocks(
         self, n: int, seed: int = 0, sampler: Sampler | None = None, label: str | int | None = None, guidance: float = 1.0,
@@ -109,15 +112,21 @@ class Run:
         blocks = self.blocks(n, seed, sampler, label, guidance)
         return self.units.to_user(torch.cat([block.x for block in blocks]).cpu()).numpy()
 
-    def log_prob(self, x: Any, steps: int = 50) -> np.ndarray:
-        """log p(x) in nats per sample, (n,), density in the user's units, for x (n, *D) in these units.
+    def log_density(
+        self, x: Any, flow: Flow | None = None, seed: int = 0, label: str | int | None = None
+    ) -> likelihood.LogDensity:
+        """log p(x) in nats, density in the user's units, for x (n, *D) in these units, with what its estimate is off by.
 
-        By the probability-flow ODE with the exact trace and `steps` Runge-Kutta steps (likelihood.py): the density of the model at
-        t_min, that is of data with that little noise.
+        By the probability-flow ODE (likelihood.Flow; None for the exact trace and 50 Runge-Kutta steps): the density of the model
+        at t_min, that is of data with that little noise; given a label, of that class.
         """
         z = self._model_coordinates(x)
-        log = likelihood.log_prob(self.model, self.parts.sde, z, self.parts.settings.t_min, steps)
-        return (log + self.units.log_det()).cpu().numpy()
+        found = likelihood.log_prob(self.given(label), self.parts.sde, z, self.parts.settings.t_min, flow, seed)
+        return replace(found, estimates=found.estimates + self.units.log_det())
+
+    def log_prob(self, x: Any) -> np.ndarray:
+        """log p(x) in nats, (n,), by `log_density` with the exact trace."""
+        return self.log_density(x).value.cpu().numpy()
 
     def dataset(self) -> Any:
         """The run's data set, built anew (a table is read from its file again)."""

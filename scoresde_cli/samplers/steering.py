@@ -60,13 +60,11 @@ class Guided(Steered):
         self.provides = self.provides - {"log_density"}
         self.weight, given = weight, torch.tensor([label])
         self.given, self.free = model.labelled(given), model.labelled(None)
-        self.evaluations = model.evaluations * (1 if weight in (0, 1) else 2)
+        self.evaluations = 2 * model.evaluations
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
-        if self.weight == 1:
-            return self.given.score(x, t)
         free = self.free.score(x, t)
-        return free if self.weight == 0 else free + self.weight * (self.given.score(x, t) - free)
+        return free + self.weight * (self.given.score(x, t) - free)
 
 
 class Clipped(Steered):

@@ -10,6 +10,7 @@ Sources: Anderson, "Reverse-time diffusion equation models", Stoch. Proc. Appl. 
 Generative Modeling through Stochastic Differential Equations", ICLR 2021, eqs. 6 and 13.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from scoresde_cli.divergence import weighted_trace
 from scoresde_cli.rng import normal
 from scoresde_cli.sdes.operators import LinearOperator, Scalar, expand
 
@@ -128,6 +130,14 @@ class SDE(ABC):
         """The divergence of Sigma by rows, shape (B, *D); zero unless G depends on x."""
         return torch.zeros_like(x)
 
+    def known_divergence(self, x: Tensor, t: Tensor) -> Tensor:
+        """The divergence of f - 1/2 div Sigma, shape (B,): the part of the flow's that holds no score."""
+        return weighted_trace(lambda y, s: self.drift(y, s) - 0.5 * self.div_sigma(y, s), x, t, None)[1]
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """The log-density of `sample_prior` at x (B, *D), nats, shape (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} does not know the density of its prior")
+
     def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
         """Drift of the time reversal, f - Sigma score - div Sigma, shape (B, *D) (Anderson 1982)."""
         return self.drift(x, t) - self.diffusion(t, x).cov(score) - self.div_sigma(x, t)
@@ -190,6 +200,14 @@ class LinearSDE(SDE):
 
     def kernel(self) -> Kernel:
         return GaussianKernel(self.alpha, self.sigma)
+
+    def known_divergence(self, x: Tensor, t: Tensor) -> Tensor:
+        return -x[0].numel() * self.a(t)
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        sigma = self.sigma(torch.full((len(x),), self.T, device=x.device, dtype=x.dtype))
+        z = x.flatten(1) / sigma.unsqueeze(1)
+        return -0.5 * z.square().sum(1) - z.shape[1] * (sigma.log() + 0.5 * math.log(2 * math.pi))
 
     def sample_prior(
         self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32

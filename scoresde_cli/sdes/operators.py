@@ -37,6 +37,10 @@ class LinearOperator(ABC):
         """L^{-T} v, for v of shape (B, *D). Raises NotImplementedError where L is not invertible."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
+    def scale(self) -> Tensor | None:
+        """c (B,) where the operator is c I, else None."""
+        return None
+
     @abstractmethod
     def trace_cov(self, d: int) -> Tensor:
         """tr(L L^T) in d dimensions, shape (B,)."""
@@ -47,6 +51,9 @@ class Scalar(LinearOperator):
 
     def __init__(self, c: Tensor) -> None:
         self.c = c
+
+    def scale(self) -> Tensor:
+        return self.c
 
     def mul(self, z: Tensor) -> Tensor:
         return expand(self.c, z) * z
