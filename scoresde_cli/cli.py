@@ -2,11 +2,13 @@
 
 import contextlib
 import importlib
+import itertools
 import os
 import re
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 from scoresde_cli import __version__
 from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
@@ -15,7 +17,7 @@ from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
 COMMANDS: dict[str, tuple[str, bool]] = {
     "train": ("train a score model, sample from it, measure both and draw the figures", True),
     "sample": ("draw samples from a run, in the data's own units and column names", True),
-    "evaluate": ("measure a run again: score error, distances, loss against its baseline", True),
+    "evaluate": ("measure runs again, one or several: likelihood, score error, distances, each against chance", True),
     "verify": ("show the identity L_ISM = E L_SSM as numbers, for a network, a dimension and a law", True),
     "rerun": ("train a run's config again in a new directory and compare the numbers", True),
     "list": ("the options of a group, or of all; `list runs` shows the runs below this folder", False),
@@ -121,10 +123,13 @@ def unknown_command(name: str) -> ScoreSDEError:
 
 
 def positional(name: str, rest: list[str]) -> list[str]:
-    """`scoresde rerun DIR` means `run=DIR`, for the commands that read a run."""
-    if name in ("sample", "evaluate", "rerun") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        return [f"run={rest[0]}", *rest[1:]]
-    return rest
+    """`scoresde rerun DIR` means `run=DIR`, for the commands that read a run; `evaluate` takes several."""
+    if name not in ("sample", "evaluate", "rerun"):
+        return rest
+    folders = list(itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), rest))
+    if len(folders) > 1 and name == "evaluate":
+        return [f"run=[{','.join(map(quoted, folders))}]", *rest[len(folders) :]]
+    return [f"run={rest[0]}", *rest[1:]] if folders else rest
 
 
 def quote(argument: str, sweep: bool = False) -> str:
@@ -132,9 +137,15 @@ def quote(argument: str, sweep: bool = False) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in PATH_KEYS or not value or value[0] in "'\"" or value == "null":
         return argument
+    if key == "run" and value[0] == "[" and value[-1] == "]" and not Path(value).exists():
+        return argument  # a list of runs
     if all(c.isascii() and (c.isalnum() or c in "/._-") for c in value) or (sweep and "," in value):
         return argument
-    # In Hydra's quotes a backslash is itself, unless a quote follows; an interpolation is one even there.
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """In Hydra's quotes. A backslash is itself there, unless a quote follows; an interpolation is one even there."""
     escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value).replace("${", "\\${")
     tail = len(escaped) - len(escaped.rstrip("\\"))
-    return f"{key}='{escaped}{escaped[len(escaped) - tail :]}'"
+    return f"'{escaped}{escaped[len(escaped) - tail :]}'"

@@ -51,6 +51,7 @@ class EvalKeys:
     """The keys under `eval`."""
 
     n: Annotated[int, Field(ge=20, le=10_000_000)]
+    metrics: list[str] | None
     figures: bool
 
 

@@ -1,25 +1,81 @@
 """What is measured of a trained model, each number with its protocol: used at the end of `train` and by `evaluate`."""
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from scoresde_cli.compose import Parts
-from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.metrics.base import compare
+from scoresde_cli.datasets.base import Dataset
+from scoresde_cli.errors import ScoreSDEError, nearest
+from scoresde_cli.likelihood import Flow
+from scoresde_cli.metrics.base import Metric, compare
+from scoresde_cli.metrics.c2st import C2ST
+from scoresde_cli.metrics.columns import Columns
 from scoresde_cli.metrics.energy import EnergyDistance
+from scoresde_cli.metrics.frechet import FrechetPCA
+from scoresde_cli.metrics.inception import FID, KID
+from scoresde_cli.metrics.mmd import MMD
+from scoresde_cli.metrics.mode_weights import ModeWeights
+from scoresde_cli.metrics.nll import nll
+from scoresde_cli.metrics.prdc import PRDC
 from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
+from scoresde_cli.metrics.tails import Tails
+from scoresde_cli.metrics.wasserstein import Wasserstein
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler, Samples
 from scoresde_cli.training.loop import mean_loss
 
 MANY_PASSES = 30
+NLL_ROWS = 2000
 Summary = dict[str, dict[str, Any]]
+
+OF_SAMPLES: dict[str, type[Metric]] = {
+    "sliced_wasserstein": SlicedWasserstein, "wasserstein": Wasserstein, "energy_distance": EnergyDistance, "mmd": MMD,
+    "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights, "columns": Columns, "tails": Tails, "frechet_pca": FrechetPCA,
+    "fid": FID, "kid": KID,
+}  # fmt: skip
+OF_THE_MODEL = ("loss", "score_error", "nll")
+EXTRA = ("fid", "kid")  # they need more than is installed
+METRICS = (*OF_THE_MODEL, *OF_SAMPLES)
+QUICK = ("loss", "score_error", "sliced_wasserstein", "energy_distance")  # at the end of `train`
+
+
+def pick_metrics(asked: Sequence[str] | None, data: Dataset) -> list[str]:
+    """The names of what is measured; None for all that mean something on this data.
+
+    Raises ScoreSDEError for a name that is none, or means nothing on this data.
+    """
+    if asked is None:
+        return [name for name in METRICS if name not in EXTRA and unfit(name, data) is None]
+    for name in asked:
+        if name not in METRICS:
+            raise ScoreSDEError(f"metrics={name}: expected one of {', '.join(METRICS)}{nearest(name, METRICS)}")
+        reason = unfit(name, data)
+        if reason is not None:
+            raise ScoreSDEError(f"metrics={name}: {reason}")
+    return [name for name in METRICS if name in asked]
+
+
+def of_samples() -> set[str]:
+    """The names of all numbers that are taken of samples."""
+    return {number for metric in OF_SAMPLES.values() for number in metric.quantities}
+
+
+def unfit(name: str, data: Dataset) -> str | None:
+    """Why a metric means nothing on this data, or None."""
+    if name in OF_SAMPLES:
+        return OF_SAMPLES[name].unfit(data)
+    if name == "score_error" and type(data).oracle is Dataset.oracle:
+        return "the exact score of this data is not known"
+    return None
 
 
 def held_out(parts: Parts) -> Tensor:
@@ -64,8 +120,8 @@ def verdict(summary: Summary) -> str | None:
     Held against it: the held-out loss (paired), the score error, and the sliced Wasserstein distance of its samples.
     """
     failed = []
-    gain = summary["loss_gain"]
-    if gain["ci"][0] <= 0:
+    gain = summary.get("loss_gain")
+    if gain is not None and gain["ci"][0] <= 0:
         failed.append(f"held-out loss {summary['loss']['value']:.4g} against {summary['loss_baseline']['value']:.4g}")
     for name in ("score_error", "sliced_wasserstein"):
         if name not in summary:
@@ -100,54 +156,101 @@ def overfitted(best: float, best_step: int, last: float, step: int, passes: floa
     return None
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How many held-out rows the likelihood is taken of."""
+
+    rows: Annotated[int, Field(ge=10, le=1_000_000)] = NLL_ROWS
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and on what: samples, where any were drawn, and the held-out rows beside them (m, *D)."""
+
+    summary: Summary
+    samples: Samples | None
+    reference: Tensor
+
+
 def evaluate(
-    parts: Parts, model: ScoreModel, sampler: Sampler, n: int, *, seed: int, averaged: bool, step: int,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Summary, Samples, Tensor]:  # fmt: skip
-    """(summary, n samples, held-out data) for a model; see metrics/ for what the numbers mean."""
+    parts: Parts, model: ScoreModel, sampler: Sampler, n: int, *, metrics: Sequence[str], seed: int, averaged: bool,
+    step: int, flow: Flow | None = None, nll_rows: int = NLL_ROWS, progress: Callable[[int], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """The named metrics (pick_metrics) of a model, with n samples where they need any; see metrics/ for what the numbers mean."""
     model.eval()
-    summary = losses(parts, model, averaged, step, seed)
-    truth = parts.data.oracle(parts.sde)
-    x_test = held_out(parts)
-    common = {"split": "test", "averaged": averaged, "step": step, "seed": seed}
-    if truth is not None:
-        t_min = parts.settings.t_min
+    data = parts.data
+    common = {"split": "test", "averaged": averaged, "step": step, "seed": seed, "data": fingerprint(data)}
+    summary = losses(parts, model, averaged, step, seed) if "loss" in metrics else {}
+    x_test, truth = held_out(parts), data.oracle(parts.sde)
+    if "score_error" in metrics and truth is not None:
         for name, candidate in (("score_error", model), ("score_error_baseline", parts.baseline)):
-            summary[name] = score_error(candidate, truth, parts.sde, x_test[:20_000], t_min, seed)
-            summary[name]["protocol"] |= common
+            summary[name] = score_error(candidate, truth, parts.sde, x_test[:20_000], parts.settings.t_min, seed)
+    if "nll" in metrics:
+        rows = x_test[:nll_rows]
+        summary |= nll(model, parts.baseline, data, rows, parts.settings.t_min, flow or Flow(), seed)
+    for entry in summary.values():
+        entry["protocol"] |= common
+    of_samples = [OF_SAMPLES[name](data) for name in metrics if name in OF_SAMPLES]
+    fresh = data.fresh(n, generator(seed, "held-out"))
+    reference = (x_test if fresh is None else fresh).float().cpu()[:n]
+    if not of_samples:
+        return Evaluation(summary, None, reference)
     samples = sampler.sample(
-        model, parts.sde, parts.data.shape, n, seed, device=parts.device, dtype=parts.dtype, progress=progress
+        model, parts.sde, data.shape, n, seed, device=parts.device, dtype=parts.dtype, progress=progress
     )
-    fresh = parts.data.fresh(n, generator(seed, "held-out"))
-    reference = (x_test if fresh is None else fresh).float().cpu()
-    m = min(n, len(reference))
-    everything = torch.cat(list(parts.data.splits.values()))
+    drawn = samples.x[: len(reference)].float().cpu()
+    if torch.isfinite(drawn).all():
+        found = compare(of_samples, drawn, reference, fresh_pairs(data, len(drawn), seed), seed)
+        of = {"nfe": samples.nfe, "reference": "test split" if fresh is None else "fresh draws"}
+        if sampler.adaptive:
+            del of["nfe"]  # the tolerances are what two figures share
+        for entry in found.values():
+            entry["protocol"] |= sampler.protocol() | common | of
+        summary |= found
+    if "sliced_wasserstein" in summary:
+        gaussian = parts.baseline.gaussian.sample(len(drawn), generator(seed, "gaussian")).float()
+        value = sliced_wasserstein(gaussian, reference.flatten(1))
+        summary["sliced_wasserstein_baseline"] = plain(
+            value, "model units", n=len(drawn), of="a Gaussian with the data's moments"
+        )
+    return Evaluation(summary, samples, reference)
+
+
+def fingerprint(data: Dataset) -> str:
+    """Tells two data sets apart: 12 digits of BLAKE2b of the test split in model coordinates."""
+    return hashlib.blake2b(data.splits["test"].numpy().tobytes(), digest_size=6).hexdigest()
+
+
+def fresh_pairs(data: Dataset, m: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """i -> two fresh samples of m rows; disjoint parts of the data where the law cannot be sampled."""
+    everything = torch.cat(list(data.splits.values()))
 
     def pair(i: int) -> tuple[Tensor, Tensor]:
-        """Two fresh samples of m rows; disjoint parts of the data where the law cannot be sampled."""
         source = generator(seed, "floor", i)
-        drawn = parts.data.fresh(2 * m, source)
+        drawn = data.fresh(2 * m, source)
         if drawn is None:
             if len(everything) < 2 * m:
                 raise ScoreSDEError(f"the floor needs {2 * m} rows of data, there are {len(everything)}")
             drawn = everything[torch.randperm(len(everything), generator=source)[: 2 * m]]
         return drawn[:m], drawn[m:]
 
-    drawn = samples.x[:m].float().cpu()
-    if torch.isfinite(drawn).all():
-        for name, entry in compare(
-            [SlicedWasserstein(parts.data), EnergyDistance(parts.data)], drawn, reference[:m], pair, seed
-        ).items():
-            entry["protocol"] |= sampler.protocol() | {"averaged": averaged, "step": step, "seed": seed} | {
-                "nfe": samples.nfe, "reference": "test split" if fresh is None else "fresh draws",
-            }  # fmt: skip
-            summary[name] = entry
-        gaussian = parts.baseline.gaussian.sample(m, generator(seed, "gaussian")).float()
-        value = sliced_wasserstein(gaussian, reference[:m].flatten(1))
-        summary["sliced_wasserstein_baseline"] = plain(
-            value, "model units", n=m, of="a Gaussian with the data's moments"
-        )
-    return summary, samples, reference[:m]
+    return pair
+
+
+UNLIKE = ("step",)  # of a protocol, what two figures need not share
+
+
+def unlike(entries: Sequence[dict[str, Any]]) -> str | None:
+    """The first difference in protocol between entries of one name, in words; None where they may stand in one table."""
+    first = entries[0]
+    for other in entries[1:]:
+        if first["unit"] != other["unit"]:
+            return f"unit {first['unit']} against {other['unit']}"
+        for key in {**first["protocol"], **other["protocol"]}:
+            a, b = first["protocol"].get(key), other["protocol"].get(key)
+            if a != b and key not in UNLIKE:
+                return f"{key} {a} against {b}"
+    return None
 
 
 def plain(value: float, unit: str, **protocol: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from scoresde_cli.networks.model import ScoreModel
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 STYLE: Any = {
     "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -208,6 +208,39 @@ def image_grids(a: np.ndarray, b: np.ndarray, title: str, path: Path, side: int 
             panel.set_title(name, fontsize=9)
             panel.axis("off")
         figure.suptitle(title, fontsize=8)
+        return finish(figure, path)
+
+
+def score_curves(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> Path:
+    """The error of the score by time, on logarithmic axes, with its interval: the model's and the baseline's."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 3.6))
+        for (name, curve), colour in zip(curves.items(), (MODEL, "0.35"), strict=False):
+            label = "model" if name == "score_error" else "Gaussian with the data's moments"
+            axes.plot(curve["t"], curve["value"], color=colour, lw=1.6, marker="o", ms=3, label=label)
+            axes.fill_between(curve["t"], curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
+        axes.set(xscale="log", yscale="log", xlabel="t", ylabel=r"E $\sigma^2\,|S - S^*|^2$")
+        axes.set_title(f"error of the score by time; {title}", fontsize=8)
+        axes.legend(fontsize=8)
+        return finish(figure, path)
+
+
+def against_chance(summary: dict[str, dict[str, Any]], title: str, path: Path) -> Path:
+    """Every number of samples on one axis: 0 is what fresh data gives on average, 1 its 95 percent quantile; right is worse."""
+    shown = {n: e for n, e in summary.items() if "better" in e["protocol"] and e["floor_high"] != e["floor"]}
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.3 * len(shown)))
+        axes.axvspan(-1, 1, color=DATA, alpha=0.12, lw=0)
+        for i, entry in enumerate(reversed(shown.values())):
+            scale = entry["floor_high"] - entry["floor"]
+            ends = sorted((end - entry["floor"]) / scale for end in entry["ci"])
+            axes.plot(ends, [i, i], color=MODEL, lw=1.6)
+            axes.plot((entry["value"] - entry["floor"]) / scale, i, "o", color=MODEL, ms=5)
+        axes.set_yticks(range(len(shown)), list(reversed(shown)), fontsize=8)
+        axes.set_xscale("symlog", linthresh=3)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("0: fresh data on average   1: worse than 95 percent of fresh data")
+        axes.set_title(f"samples against fresh data; {title}", fontsize=8)
         return finish(figure, path)
 
 

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from scoresde_cli import configs
+from scoresde_cli import configs, divergence
 from scoresde_cli.compose import compose
-from scoresde_cli.evaluation import evaluate, losses, overfitted, verdict
+from scoresde_cli.datasets.digits import Digits
+from scoresde_cli.datasets.mixtures import EightGaussians
+from scoresde_cli.datasets.planar import Moons
+from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.evaluation import METRICS, QUICK, evaluate, losses, overfitted, pick_metrics, unlike, verdict
 from scoresde_cli.networks.model import ScoreModel
 
 
@@ -97,12 +101,9 @@ def test_the_interval_of_the_loss_is_for_rows_however_often_each_is_noised():
 def test_a_right_model_of_mixture_data_gets_a_good_report():
     """The exact score in place of a network: samples at the floor, no score error, a gain, no complaint."""
     parts = compose(config(data__n=5000))
-    truth = parts.data.oracle(parts.sde)
-    parts.model.forward = truth.score
-    parts.model.forward_trace = lambda x, t: __import__("scoresde_cli.divergence", fromlist=["x"]).weighted_trace(
-        truth, x, t, None
-    )
-    found, samples, held = evaluate(parts, parts.model, parts.sampler, 3000, seed=1, averaged=False, step=0)
+    exact_in_place_of_the_network(parts)
+    result = evaluate(parts, parts.model, parts.sampler, 3000, metrics=QUICK, seed=1, averaged=False, step=0)
+    found, samples, held = result.summary, result.samples, result.reference
     assert found["score_error"]["value"] < 1e-10  # single precision against double
     assert found["loss_gain"]["ci"][0] > 0
     distance = found["sliced_wasserstein"]
@@ -111,3 +112,60 @@ def test_a_right_model_of_mixture_data_gets_a_good_report():
     assert samples.nfe == 41
     assert len(held) == 3000
     assert np.isfinite(distance["ci"]).all()
+
+
+def exact_in_place_of_the_network(parts):
+    truth = parts.data.oracle(parts.sde)
+    parts.model.forward = truth.score
+    parts.model.forward_trace = lambda x, t: divergence.weighted_trace(truth, x, t, None)
+    return parts
+
+
+def test_the_likelihood_of_the_exact_score_is_the_entropy_and_its_gap_is_nothing():
+    parts = exact_in_place_of_the_network(compose(config(data__n=5000)))
+    result = evaluate(
+        parts, parts.model, parts.sampler, 100, metrics=["nll"], seed=1, averaged=False, step=0, nll_rows=300
+    )
+    found = result.summary
+    assert result.samples is None  # nothing was drawn that nothing needs
+    assert found["nll"]["unit"] == "nats"
+    # Entropy of eight separated Gaussians: log 8 + log(2 pi e 0.01); 300 rows know it within their own interval.
+    entropy = math.log(8) + math.log(2 * math.pi * math.e * 0.01)
+    assert found["nll"]["ci"][0] < entropy < found["nll"]["ci"][1]
+    # At t_min the law is wider than the data by sigma^2 = 1e-4 against 1e-2: KL = d/2 (r - 1 - log r) = 5e-5, and 1e-3 a dimension.
+    assert abs(found["nll_gap"]["value"]) < 2e-3
+    assert found["nll_baseline"]["value"] > found["nll"]["value"] + 2
+
+
+def test_the_likelihood_of_images_is_in_bits_of_their_levels():
+    """For a Gaussian model of the dequantised digits the number can be written down: nats in user units over 64 log 2."""
+    parts = compose(config(data="digits", data__dequantise="true", network__width=8))
+    # The untrained network is zero: the model is the Gaussian with the data's moments, at every t.
+    result = evaluate(
+        parts, parts.model, parts.sampler, 20, metrics=["nll"], seed=0, averaged=False, step=0, nll_rows=50
+    )
+    found = result.summary
+    assert found["nll"]["unit"] == "bits/dim"
+    x = parts.data.splits["test"][:50]
+    nats = -parts.baseline.gaussian.log_prob(x) + 64 * math.log(8)  # one model unit is eight levels
+    assert found["nll_baseline"]["value"] == pytest.approx(float(nats.mean()) / (64 * math.log(2)), rel=1e-6)
+    # A level is one of 17: log2 17 = 4.1 bits would be no model at all. t_min blurs the narrowest directions a little.
+    assert found["nll"]["value"] == pytest.approx(found["nll_baseline"]["value"], abs=0.05)
+    assert found["nll"]["value"] < 4.1
+
+
+def test_what_is_measured_fits_the_data():
+    assert set(pick_metrics(None, EightGaussians(n=100))) == set(METRICS) - {"frechet_pca", "fid", "kid"}
+    assert not {"score_error", "mode_weights"} & set(pick_metrics(None, Moons(n=100)))
+    assert "frechet_pca" in pick_metrics(None, Digits())
+    for asked, says in ((["nil"], "did you mean 'nll'"), (["score_error"], "not known"), (["frechet_pca"], "image")):
+        with pytest.raises(ScoreSDEError, match=says):
+            pick_metrics(asked, Moons(n=100))
+
+
+def test_unlike_protocols_are_told_by_their_first_difference():
+    one = {"unit": "nats", "protocol": {"n": 100, "step": 5}}
+    assert unlike([one, {"unit": "nats", "protocol": {"n": 100, "step": 9}}]) is None
+    assert unlike([one, {"unit": "nats", "protocol": {"n": 50, "step": 5}}]) == "n 100 against 50"
+    assert unlike([one, {"unit": "bits/dim", "protocol": {"n": 100}}]) == "unit nats against bits/dim"
+    assert unlike([one, one, {"unit": "nats", "protocol": {"n": 100, "nfe": 3}}]) == "nfe None against 3"

@@ -58,6 +58,7 @@ def fresh(
     if expected_data is not None and parts.data.facts.get("sha256") != expected_data.get("sha256"):
         raise ScoreSDEError(f"{parts.data.facts.get('path')}: the data file is not the one that the run was trained on")
     tracker = build(config["tracker"], "tracker")
+    measured(parts)
     say(parts, overrides)
     parts, config = settle(parts, config)
     run = RunDir.create(config, folder or parts.settings.dir)
@@ -241,9 +242,12 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         console.note(f"the weights of step {step} are taken: the least validation loss (select={s.select})")
     run.update(selected=step)
     console.note(f"training done in {state.seconds:.1f} s; sampling and measuring")
-    summary, samples, held_out = evaluation.evaluate(
-        parts, model, parts.sampler, s.eval["n"], seed=s.seed, averaged=state.average is not None, step=step
-    )
+    found = evaluation.evaluate(
+        parts, model, parts.sampler, s.eval["n"], metrics=measured(parts), seed=s.seed,
+        averaged=state.average is not None, step=step,
+    )  # fmt: skip
+    summary, samples, held_out = found.summary, found.samples, found.reference
+    assert samples is not None  # one of the metrics is always of samples
     summary["train_seconds"] = evaluation.plain(
         state.seconds,
         "s",
@@ -274,6 +278,14 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         console.warn(
             "some samples are not finite: no distance was measured (more sampler.steps or a better score may help)"
         )
+
+
+def measured(parts: Parts) -> list[str]:
+    """The metrics of the end of the run. Raises ScoreSDEError where one of them means nothing on this data."""
+    asked = parts.settings.eval["metrics"]
+    if asked is None:
+        asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data) is None]
+    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data)
 
 
 def draw(

@@ -69,6 +69,7 @@ class Dataset(ABC):
         columns: names of the columns of a table, else None.
         units: the way to the user's units and back.
         classes: names of the labels, none where the data has none.
+        quantum: the step of each coordinate (d,), in the user's units, where the data is levels of grey.
         labels: the label of each row by split, (n,) int64, where there are classes.
         splits: float32 tensors (n, *D) by name: train, valid, test.
         bounds: the least and the largest value of each coordinate in the training split, (d,) each.
@@ -80,6 +81,7 @@ class Dataset(ABC):
     columns: list[str] | None = None
     units: Units
     classes: list[str] = []
+    quantum: Tensor | None = None
     labels: dict[str, Tensor] | None = None
     splits: dict[str, Tensor]
     facts: dict[str, Any]

@@ -27,6 +27,7 @@ class Digits(Dataset):
         self.shape, d = (1, 8, 8), 64
         ones = torch.ones(d, dtype=torch.float64)
         self.units = Units(self.shape, 8.0 * ones, 8.0 * ones, resolution=ones if dequantise else None)
+        self.quantum = ones
         if dequantise:
             u = u + uniform(tuple(u.shape), generator(seed, "dequantise"), torch.float64) - 0.5
         x: Tensor = self.units.to_model(u).float()

@@ -128,8 +128,9 @@ def compare(
             floor, floor_high = chance([numbers[name] for numbers in fresh], quantity.better)
             found[name] = {
                 "value": value, "ci": interval(value, [copy[name] for copy in copies]), "floor": floor,
-                "floor_high": floor_high, "unit": quantity.unit, "better": quantity.better,
-                "protocol": {"n": m, "floor_pairs": PAIRS, "interval": metric.interval} | metric.protocol(),
+                "floor_high": floor_high, "unit": quantity.unit,
+                "protocol": {"n": m, "better": quantity.better, "floor_pairs": PAIRS, "interval": metric.interval}
+                | metric.protocol(),
             }  # fmt: skip
             if name in detail:
                 found[name]["detail"] = detail[name]

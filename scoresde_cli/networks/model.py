@@ -1,6 +1,7 @@
 """The score model: one network, its parameterisation, and the data's Gaussian part."""
 
 import copy
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class Gaussian:
         """n draws (n, d), float64."""
         y = normal((n, len(self.mean)), source, torch.float64) * self.lam.sqrt()
         return self.mean + (y if self.basis is None else y @ self.basis.T)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density at x (n, *D), nats, (n,), float64; infinite off the support of a degenerate one."""
+        y = x.double().flatten(1) - self.mean
+        y = y if self.basis is None else y @ self.basis
+        return -0.5 * (y.square() / self.lam + self.lam.log() + math.log(2 * math.pi)).sum(1)
 
 
 def fit_gaussian(x: Tensor, covariance: str) -> Gaussian:

@@ -120,11 +120,35 @@ def table(summary: dict[str, dict[str, Any]]) -> Table:
         grid.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name, entry in summary.items():
         ci = entry["ci"]
-        floor = f"{number(entry['floor'])} to {number(entry['floor_high'])}" if entry["floor_high"] else ""
-        grid.add_row(
-            name, number(entry["value"]), f"{number(ci[0])} to {number(ci[1])}" if ci else "", floor, entry["unit"]
-        )
+        shown = f"{number(ci[0])} to {number(ci[1])}" if ci else ""
+        grid.add_row(name, number(entry["value"]), shown, floor_of(entry), entry["unit"])
     return grid
+
+
+def comparison(titles: list[str], rows: dict[str, list[dict[str, Any]]]) -> None:
+    """One number a row and one run a column, each with its interval; the floor, which they share, behind them."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    grid.add_column("")
+    for title in titles:
+        grid.add_column(title, overflow="fold")
+    grid.add_column("floor, mean to 95%", no_wrap=True)
+    grid.add_column("unit")
+    for name, entries in rows.items():
+        cells = [
+            f"{number(e['value'])}" + (f" ({number(e['ci'][0])} to {number(e['ci'][1])})" if e["ci"] else "")
+            for e in entries
+        ]
+        grid.add_row(name, *cells, floor_of(entries[0]), entries[0]["unit"])
+    out.print(grid)
+
+
+def floor_of(entry: dict[str, Any]) -> str:
+    """What chance gives, in words."""
+    if entry["floor_high"] in (None, 0.0):
+        return ""
+    if entry["floor"] == entry["floor_high"]:
+        return f"{number(entry['floor'])} exact"
+    return f"{number(entry['floor'])} to {number(entry['floor_high'])}"
 
 
 def panel(title: str, summary: dict[str, dict[str, Any]], lines: list[str]) -> None:
