@@ -103,7 +103,8 @@ class CSV(Writer):
 
         first = not self.path.exists()
         frame = pd.DataFrame(u.reshape(len(u), -1), columns=self.columns)
-        frame.to_csv(self.path, index=False, header=first, mode="w" if first else "a")
+        # Nine digits hold a float32, and show a value on a column's grid as it was written in the user's file.
+        frame.to_csv(self.path, index=False, header=first, mode="w" if first else "a", float_format="%.9g")
 
     def finish(self, path: Track | None) -> None:
         pass

@@ -8,8 +8,10 @@ caller's. Images go to it as torchmetrics wants them: uint8, 0 to 255, three cha
 biased at few rows, more than most numbers here: it compares with its floor, never with a published one at 50,000 rows.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,12 +33,24 @@ def to_bytes(x: Tensor) -> Tensor:
     return levels.expand(-1, 3, -1, -1)
 
 
+def torchmetrics_image(name: str) -> Any:
+    """A module of torchmetrics.image.
+
+    Raises ScoreSDEError where it is missing, or something that it needs does not import.
+    """
+    try:
+        return import_module(f"torchmetrics.image.{name}")
+    except ModuleNotFoundError:
+        raise ScoreSDEError(MISSING) from None
+    except Exception as problem:  # a torchvision built for another torch, for instance
+        raise ScoreSDEError(f"{MISSING} (now: {one_line(problem)[:200]})") from problem
+
+
 def inception() -> Module:
     """torchmetrics' extractor of 2048 features; its weights are downloaded once."""
+    fid = torchmetrics_image("fid")
     try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        module = FrechetInceptionDistance(feature=2048).inception
+        module = fid.FrechetInceptionDistance(feature=2048).inception
     except ModuleNotFoundError:
         raise ScoreSDEError(MISSING) from None
     except OSError as problem:
@@ -52,13 +66,13 @@ class Features:
         if module is not None:
             self.name = f"{type(module).__module__}.{type(module).__qualname__}"
         self.module = (inception() if module is None else module).eval()
-        self.known: dict[bytes, Tensor] = {}
+        self.known: dict[tuple[torch.Size, bytes], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """(m, F) float64 of images (m, C, H, W) in [-1, 1]."""
         images = to_bytes(x)
-        keys = [image.numpy().tobytes() for image in images]
+        keys = [(image.shape, image.numpy().tobytes()) for image in images]
         new = {key: i for i, key in enumerate(keys) if key not in self.known}
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         for part in torch.tensor(list(new.values()), dtype=torch.long).split(BATCH):
@@ -77,13 +91,14 @@ class OfFeatures(Metric):
     Args:
         features: (B, 3, H, W) uint8 -> (B, F), or None for Inception-v3.
 
-    Raises ScoreSDEError where Inception-v3 is asked for and cannot be had.
+    Raises ScoreSDEError where torchmetrics, or Inception-v3 when it is asked for, cannot be had.
     """
 
     rows = 1000
 
     def __init__(self, data: Dataset, features: Module | None = None) -> None:
         super().__init__(data)
+        torchmetrics_image("kid")
         self.features = features_of(features)
 
     @staticmethod
@@ -92,9 +107,9 @@ class OfFeatures(Metric):
             return "the data is no images"
         return None if data.shape[0] in (1, 3) else f"images of {data.shape[0]} channels, not one or three"
 
+    @abstractmethod
     def distance(self, f: Tensor, g: Tensor) -> Numbers:
         """The number of two samples of features (m, F) float64."""
-        raise NotImplementedError
 
     def measure(self, x: Tensor, y: Tensor) -> Numbers:
         return self.distance(self.features(x), self.features(y))
@@ -121,14 +136,5 @@ class KID(OfFeatures):
 
     quantities = {"kid": Quantity("kernel units")}
 
-    def __init__(self, data: Dataset, features: Module | None = None) -> None:
-        try:
-            import torchmetrics.image.kid  # noqa: F401
-        except ModuleNotFoundError:
-            raise ScoreSDEError(MISSING) from None
-        super().__init__(data, features)
-
     def distance(self, f: Tensor, g: Tensor) -> Numbers:
-        from torchmetrics.image.kid import poly_mmd
-
-        return {"kid": float(poly_mmd(g, f))}
+        return {"kid": float(torchmetrics_image("kid").poly_mmd(g, f))}

@@ -37,7 +37,7 @@ def trained(folder: Path, arguments: str, seed: int) -> tuple[dict, str]:
         )
         command = [str(Path(sys.executable).parent / "scoresde"), *start]
         if not start[1].startswith("resume"):
-            command += ["eval.figures=false", "tracker.mode=disabled"]
+            command += ["sampler=heun_ode", "eval.figures=false", "tracker.mode=disabled"]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
         )
