@@ -111,7 +111,7 @@ def test_evaluate_measures_what_is_asked_and_prints_the_unit(here, trained):
 
 def test_runs_are_compared_where_their_protocols_agree_and_nowhere_else(here, cli, trained):
     pair = f"run=[{trained},{trained}]"
-    code, out, err = cli("evaluate", pair, "n=50", "metrics=[loss,sliced_wasserstein]", "figures=false")
+    code, _, err = cli("evaluate", pair, "n=50", "metrics=[loss,sliced_wasserstein]", "figures=false")
     assert code == 0
     assert "not compared" not in err
     quick = ["steps=5", "data.n=500", "eval.n=50", "eval.figures=false", "tracker.mode=disabled"]

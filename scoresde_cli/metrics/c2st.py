@@ -52,12 +52,14 @@ def judges(m: int, d: int) -> Any:
 def accuracy(x: Tensor, y: Tensor, classifier: Any = None) -> float:
     """The fraction of rows of x and y, two samples (m, *D), told rightly by the classifier that had not seen them."""
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from threadpoolctl import threadpool_limits
 
     m, rows = len(x), torch.cat([x, y]).flatten(1).numpy()
     labels = np.repeat([0, 1], m)
     judge = judges(m, rows.shape[1]) if classifier is None else classifier
     folds = StratifiedKFold(min(FOLDS, m), shuffle=True, random_state=0)
-    return float(np.mean(cross_val_predict(judge, rows, labels, cv=folds) == labels))
+    with threadpool_limits(1):  # trees of so few rows are slower, and on a busy machine many times slower, on several threads
+        return float(np.mean(cross_val_predict(judge, rows, labels, cv=folds) == labels))
 
 
 class C2ST(Metric):
