@@ -32,7 +32,7 @@ Precision = Literal["fp32", "fp64", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
 BASES: dict[str, type] = {
     "data": Dataset, "sde": SDE, "network": nn.Module, "parameterisation": Parameterisation, "loss": Loss,
-    "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler,
+    "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler, "predictor": Sampler,
 }  # fmt: skip
 ALL_THREADS = torch.get_num_threads()  # before any run of this process changes it
 PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")
@@ -74,7 +74,7 @@ class Settings:
     t_min: Annotated[float, Field(gt=0, lt=1)]
     times: Times
     ema: Annotated[float, Field(gt=0, lt=1)] | None
-    label_dropout: Annotated[float, Field(ge=0, lt=1)]
+    label_dropout: Annotated[float, Field(gt=0, lt=1)]
     device: str
     precision: Precision
     compile: bool | Literal["auto"]

@@ -101,6 +101,7 @@ def losses(parts: Parts, model: ScoreModel, averaged: bool, step: int, seed: int
     protocol = {
         "n": len(x0), "repeats": repeats, "split": "test", "averaged": averaged, "step": step,
         "loss": reference.convention(parts.d), "trained_on": parts.loss.convention(parts.d), "seed": seed,
+        "times": reference.times, "t_min": reference.t_min,
         "interval": "over rows, for this model (not over training seeds)",
     }  # fmt: skip
 
@@ -179,7 +180,8 @@ def evaluate(
     """The named metrics (pick_metrics) of a model, with n samples where they need any; see metrics/ for what the numbers mean."""
     model.eval()
     data = parts.data
-    common = {"split": "test", "averaged": averaged, "step": step, "seed": seed, "data": fingerprint(data)}
+    common = {"averaged": averaged, "step": step, "seed": seed, "data": fingerprint(data)}
+    process = {"split": "test", "sde": {"class": type(parts.sde).__name__, **vars(parts.sde)}}
     summary = losses(parts, model, averaged, step, seed) if "loss" in metrics else {}
     x_test, truth = held_out(parts), data.oracle(parts.sde)
     if "score_error" in metrics and truth is not None:
@@ -189,19 +191,21 @@ def evaluate(
         rows = x_test[:nll_rows]
         summary |= nll(model, parts.baseline, data, rows, parts.settings.t_min, flow or Flow(), seed)
     for entry in summary.values():
-        entry["protocol"] |= common
+        entry["protocol"] |= common | process
     of_samples = [OF_SAMPLES[name](data) for name in metrics if name in OF_SAMPLES]
     fresh = data.fresh(n, generator(seed, "held-out"))
     reference = (x_test if fresh is None else fresh).float().cpu()[:n]
     if not of_samples:
         return Evaluation(summary, None, reference)
+    if all(metric.rows < n for metric in of_samples):  # rows that nobody looks at
+        reference = reference[: max(metric.rows for metric in of_samples)]
     samples = sampler.sample(
         model, parts.sde, data.shape, n, seed, device=parts.device, dtype=parts.dtype, progress=progress
     )
     drawn = samples.x[: len(reference)].float().cpu()
     if torch.isfinite(drawn).all():
         found = compare(of_samples, drawn, reference, fresh_pairs(data, len(drawn), seed), seed)
-        of = {"nfe": samples.nfe, "reference": "test split" if fresh is None else "fresh draws"}
+        of: dict[str, Any] = {"nfe": samples.nfe, "reference": "test split" if fresh is None else "fresh draws"}
         if sampler.adaptive:
             del of["nfe"]  # the tolerances are what two figures share
         for entry in found.values():
@@ -217,13 +221,23 @@ def evaluate(
 
 
 def fingerprint(data: Dataset) -> str:
-    """Tells two data sets apart: 12 digits of BLAKE2b of the test split in model coordinates."""
-    return hashlib.blake2b(data.splits["test"].numpy().tobytes(), digest_size=6).hexdigest()
+    """Tells two data sets apart: 12 digits of BLAKE2b of the test split, the names of its columns and its units."""
+    ends = data.units.to_user(data.splits["test"][:2], rounded=False)
+    digest = hashlib.blake2b(repr(data.columns).encode(), digest_size=6)
+    for part in (data.splits["test"], ends):
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fresh_pairs(data: Dataset, m: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """i -> two fresh samples of m rows; disjoint parts of the data where the law cannot be sampled."""
+    """i -> two fresh samples of m rows; where the law cannot be sampled, disjoint parts of the data.
+
+    As with the splits, equal rows are on the same side: copies of one row on both would look like a perfect model.
+    """
     everything = torch.cat(list(data.splits.values()))
+    group = None
+    if data.fresh(1, generator(seed, "any")) is None:
+        group = torch.unique(everything.flatten(1), dim=0, return_inverse=True)[1]
 
     def pair(i: int) -> tuple[Tensor, Tensor]:
         source = generator(seed, "floor", i)
@@ -231,13 +245,15 @@ def fresh_pairs(data: Dataset, m: int, seed: int) -> Callable[[int], tuple[Tenso
         if drawn is None:
             if len(everything) < 2 * m:
                 raise ScoreSDEError(f"the floor needs {2 * m} rows of data, there are {len(everything)}")
-            drawn = everything[torch.randperm(len(everything), generator=source)[: 2 * m]]
+            assert group is not None
+            order = torch.argsort(torch.randperm(int(group.max()) + 1, generator=source)[group], stable=True)
+            return everything[order[:m]], everything[order[-m:]]
         return drawn[:m], drawn[m:]
 
     return pair
 
 
-UNLIKE = ("step",)  # of a protocol, what two figures need not share
+UNLIKE = ("step", "trained_on")  # of a protocol, what two figures need not share
 
 
 def unlike(entries: Sequence[dict[str, Any]]) -> str | None:

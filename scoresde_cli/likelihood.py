@@ -18,12 +18,14 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from scoresde_cli import divergence
+from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.projections import Projection
 from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
 
 ROWS = 2048  # at a time
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Flow:
     """How the integral is done.
 
     Args:
-        method: rk4 (the classical Runge-Kutta method, `steps` steps even in sqrt(t)) or dopri5 (adaptive, to rtol and atol).
+        method: rk4 (Kutta's 3/8 rule, order 4, `steps` steps even in sqrt(t)) or dopri5 (adaptive, to rtol and atol).
         projection: law of the directions of the trace; None for the exact trace.
         n_proj: directions of one estimate.
         repeats: independent estimates, at least two for a standard error.
@@ -112,9 +114,15 @@ def integrate(
         grid = torch.linspace(float(ends[0]), float(ends[1]), flow.steps + 1, dtype=torch.float64, device=x.device)
         options: dict[str, Any] = {"grid_constructor": lambda *_: grid}
     else:
-        options = {"step_t": ends[1:]}
+        options = {"step_t": ends[1:], "max_num_steps": MOST_STEPS}
     start = x.double(), torch.zeros(1 if v is None else flow.repeats, len(x), dtype=torch.float64, device=x.device)
-    ys, totals = odeint(rates, start, ends, rtol=flow.rtol, atol=flow.atol, method=flow.method, options=options)
+    try:
+        ys, totals = odeint(rates, start, ends, rtol=flow.rtol, atol=flow.atol, method=flow.method, options=options)
+    except AssertionError as problem:
+        raise ScoreSDEError(
+            f"nll.rtol={flow.rtol:g}, nll.atol={flow.atol:g}: not met in {MOST_STEPS} steps ({one_line(problem)[:80]}); "
+            "take larger ones"
+        ) from None
     return totals[-1] + sde.prior_log_prob(ys[-1]), nfe
 
 

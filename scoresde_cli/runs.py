@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scoresde_cli import likelihood
 from scoresde_cli.compose import build, compose
+from scoresde_cli.datasets.base import label_name
 from scoresde_cli.errors import ScoreSDEError, nearest
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.likelihood import Flow
@@ -19,6 +20,8 @@ from scoresde_cli.rundir import RunDir
 from scoresde_cli.samplers.base import Sampler, Samples, Watch
 from scoresde_cli.samplers.steering import Guided, Known
 from scoresde_cli.training.state import load_weights
+
+Label = str | int | float
 
 
 class Run:
@@ -70,23 +73,26 @@ class Run:
         s = s / units.scale if units.scale is not None else torch.linalg.solve(units.matrix.T, s.T).T  # type: ignore[union-attr]
         return s.reshape(-1, *self.shape).numpy()
 
-    def given(self, label: str | int | None, guidance: float = 1.0) -> FieldModel:
+    def given(self, label: Label | None, guidance: float = 1.0) -> FieldModel:
         """The model, given a label where there is one. Raises ScoreSDEError for a label that the run does not know."""
         if label is None:
             return self.model
         classes = self.parts.data.classes
         if not classes:
             raise ScoreSDEError(f"label={label}: the run was trained without labels (data.labels)")
-        if str(label) not in classes:
-            raise ScoreSDEError(f"label={label}: expected one of {', '.join(classes)}{nearest(str(label), classes)}")
-        index = classes.index(str(label))
+        name = label_name(label)
+        if name not in classes:
+            raise ScoreSDEError(f"label={label}: expected one of {', '.join(classes)}{nearest(name, classes)}")
+        index = classes.index(name)
         return self.model.labelled(torch.tensor([index])) if guidance == 1 else Guided(self.model, index, guidance)
 
     def blocks(
-        self, n: int, seed: int = 0, sampler: Sampler | None = None, label: str | int | None = None, guidance: float = 1.0,
+        self, n: int, seed: int = 0, sampler: Sampler | None = None, label: Label | None = None, guidance: float = 1.0,
         watch: Watch | None = None,
     ) -> Iterator[Samples]:  # fmt: skip
         """n samples in model coordinates, block by block, with their NFE. Arguments as for `sample`."""
+        if n < 1:
+            raise ScoreSDEError(f"n={n}: expected at least one sample")
         chosen, parts = sampler or self.parts.sampler, self.parts
         known = None if chosen.known is None else Known.read(chosen.known, parts.data)
         return chosen.blocks(
@@ -99,7 +105,7 @@ class Run:
         n: int,
         seed: int = 0,
         sampler: Sampler | None = None,
-        label: str | int | None = None,
+        label: Label | None = None,
         guidance: float = 1.0,
     ) -> np.ndarray:
         """n samples (n, *D) in the user's units.
@@ -110,10 +116,12 @@ class Run:
             guidance: weight of the label (steering.Guided).
         """
         blocks = self.blocks(n, seed, sampler, label, guidance)
-        return self.units.to_user(torch.cat([block.x for block in blocks]).cpu()).numpy()
+        x = self.units.to_user(torch.cat([block.x for block in blocks]).cpu()).numpy()
+        known = (sampler or self.parts.sampler).known
+        return x if known is None else Known.read(known, self.parts.data).restore(x, 0)
 
     def log_density(
-        self, x: Any, flow: Flow | None = None, seed: int = 0, label: str | int | None = None
+        self, x: Any, flow: Flow | None = None, seed: int = 0, label: Label | None = None
     ) -> likelihood.LogDensity:
         """log p(x) in nats, density in the user's units, for x (n, *D) in these units, with what its estimate is off by.
 

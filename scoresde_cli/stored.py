@@ -30,7 +30,7 @@ def pack_data(data: Dataset, gaussian: Gaussian) -> bytes:
     """Units, names and Gaussian part as safetensors bytes."""
     units = data.units
     tensors = {
-        "shift": units.shift, "scale": units.scale, "matrix": units.matrix, "resolution": units.resolution,
+        "shift": units.shift, "scale": units.scale, "matrix": units.matrix, "resolution": units.resolution, "origin": units.origin,
         "low": data.bounds[0], "high": data.bounds[1], "mean": gaussian.mean, "lam": gaussian.lam, "basis": gaussian.basis,
     }  # fmt: skip
     facts = {"shape": list(data.shape), "kind": data.kind, "columns": data.columns, "classes": data.classes}
@@ -45,7 +45,14 @@ def unpack_data(path: Path) -> tuple[Stored, Gaussian]:
             facts = json.loads(file.metadata()["data"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         shape = tuple(int(n) for n in facts["shape"])
-        units = Units(shape, tensors["shift"], tensors.get("scale"), tensors.get("matrix"), tensors.get("resolution"))
+        units = Units(
+            shape,
+            tensors["shift"],
+            tensors.get("scale"),
+            tensors.get("matrix"),
+            tensors.get("resolution"),
+            tensors.get("origin"),
+        )
         gaussian = Gaussian(tensors["mean"], tensors["lam"], tensors.get("basis"))
         d = int(np.prod(shape))
         sizes = {"matrix": (d, d), "basis": (d, d)}

@@ -7,6 +7,8 @@
 .gif        the path as a film
 """
 
+import contextlib
+import os
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest
+from scoresde_cli.samplers.steering import Known
 
 SUFFIXES = (".npz", ".csv", ".parquet", ".png", ".gif")
 WITH_PATH = (".npz", ".png", ".gif")
@@ -74,6 +77,9 @@ class Writer(ABC):
     def finish(self, path: Track | None) -> None:
         """The end, with the recorded path where there is one."""
 
+    def abort(self) -> None:  # noqa: B027
+        """Let go of the file, which is not complete and will be removed."""
+
 
 class NPZ(Writer):
     def __init__(self, path: Path, data: Dataset, n: int) -> None:
@@ -94,6 +100,10 @@ class NPZ(Writer):
         for name, array in arrays.items():
             with self.archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
+        self.archive.close()
+
+    def abort(self) -> None:
+        self.member.close()
         self.archive.close()
 
 
@@ -133,10 +143,6 @@ class Picture(Writer):
 
     def __init__(self, path: Path, data: Dataset, n: int) -> None:
         super().__init__(path, data, n)
-        if data.kind != "image" and self.columns[2:]:
-            raise ScoreSDEError(
-                f"out={path.name}: a picture needs images or data in the plane; take .csv, .parquet or .npz"
-            )
         self.parts: list[np.ndarray] = []
         self.left = SHOWN if data.kind != "image" else 256
 
@@ -182,18 +188,33 @@ def check_folder(path: Path) -> None:
 
 
 def write_samples(
-    out: Path, data: Dataset, blocks: Iterable[Tensor], n: int, overwrite: bool, path: Track | None = None
-) -> None:
-    """Write n samples, given in model coordinates block by block, under a temporary name that is renamed at the end."""
+    out: Path, data: Dataset, blocks: Iterable[Tensor], n: int, overwrite: bool, path: Track | None = None,
+    known: Known | None = None,
+) -> None:  # fmt: skip
+    """Write n samples, given in model coordinates block by block, under a temporary name that is renamed at the end.
+
+    `known` values are written as they were given.
+    """
     check_out(out, overwrite)
+    kind = WRITERS[out.suffix.lower()]
+    if kind is Picture and data.kind != "image" and int(np.prod(data.shape)) != 2:
+        raise ScoreSDEError(f"out={out}: a picture needs images or data in the plane; take .csv, .parquet or .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
     temporary.unlink(missing_ok=True)
+    done, writer = 0, None
     try:
-        writer = WRITERS[out.suffix.lower()](temporary, data, n)
+        writer = kind(temporary, data, n)
         for block in blocks:
-            writer.add(data.units.to_user(block.cpu()).numpy())
+            u = data.units.to_user(block.cpu()).numpy()
+            writer.add(u if known is None else known.restore(u, done))
+            done += len(u)
         writer.finish(path)
         temporary.replace(out)
+    except BaseException:
+        if writer is not None:
+            with contextlib.suppress(Exception):
+                writer.abort()
+        raise
     finally:
         temporary.unlink(missing_ok=True)

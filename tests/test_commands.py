@@ -1,6 +1,8 @@
 """`sample` and `evaluate` as a user types them."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,6 +10,12 @@ import pytest
 from PIL import Image
 
 from scoresde_cli.runs import load_run
+
+
+@pytest.fixture
+def trained(trained, tmp_path_factory):
+    """A copy, as `evaluate` writes into the run."""
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("copy") / "run"))
 
 
 @pytest.fixture
@@ -72,6 +80,9 @@ def test_the_path_is_kept_as_arrays_as_panels_and_as_a_film(here):
         (("sampler.known={y: 1}",), "no such column"),
         (("sampler.known=nowhere.csv",), "does not exist"),
         (("sampler.known={x0: high}",), "expected a number"),
+        (("sampler=dopri5", "sampler.rtol=1e-13", "sampler.atol=1e-13"), "take larger ones"),
+        (("sampler=predictor_corrector", "sampler.predictor={_target_: scoresde_cli.sdes.vp.VP}"), "subclass of"),
+        (("sampler=langevin", "sampler.grid=uniform"), "stays at one time"),
     ],
     ids=lambda v: " ".join(v)[:40] if isinstance(v, tuple) else "",
 )
@@ -146,3 +157,22 @@ def test_a_measure_that_cannot_be_is_one_line(here, argv, says):
     assert code == 2
     assert says in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_samples_that_are_no_numbers_are_told(here):
+    code, _, err = here("sample", "n=20", "sampler=langevin", "sampler.step_size=10", "sampler.steps=200", "out=x.csv")
+    assert code == 0
+    assert "20 of 20 samples are not finite" in " ".join(err.split())
+
+
+def test_the_weights_that_are_asked_for_are_used(here):
+    assert here("sample", "n=5", "out=a.npz")[0] == 0
+    assert here("sample", "n=5", "average=false", "out=b.npz")[0] == 0
+    assert not np.array_equal(np.load("a.npz")["x"], np.load("b.npz")["x"])
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_finished(here, tmp_path):
+    code, _, err = here("sample", "n=5", "sampler=dopri5", "sampler.rtol=1e-13", "sampler.atol=1e-13", "out=x.npz")
+    assert code == 2
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []

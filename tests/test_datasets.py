@@ -222,3 +222,20 @@ def test_digits_are_the_real_ones_in_grey_levels():
     assert torch.equal(u, u.round())
     noisy = Digits(dequantise=True)
     assert torch.equal(noisy.units.to_user(noisy.splits["train"]), u)
+
+
+def test_dequantised_columns_come_back_as_the_file_has_them(tmp_path):
+    """Grids off zero and of decimal steps: every training row is, to the last digit, a row of the file."""
+    k = np.random.default_rng(0).integers(0, 30, size=(200, 3))
+    text = [f"{273.15 + a:.2f},{3.3 + 0.1 * b:.1f},{0.99 + 0.00001 * c:.5f}" for a, b, c in k]
+    (tmp_path / "t.csv").write_text("a,b,c\n" + "\n".join(text) + "\n")
+    data = Table(str(tmp_path / "t.csv"), dequantise=True)
+    written = {tuple(map(float, line.split(","))) for line in text}
+    for x in data.splits.values():
+        assert {tuple(row) for row in data.units.to_user(x).tolist()} <= written
+
+
+def test_a_table_whose_rows_are_nearly_all_equal_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("a\n" + "\n".join(str(i % 2) for i in range(200)) + "\n")
+    with pytest.raises(Unreadable, match="fewer than two"):
+        Table(str(tmp_path / "t.csv"))

@@ -11,8 +11,21 @@ from scoresde_cli.compose import compose
 from scoresde_cli.datasets.digits import Digits
 from scoresde_cli.datasets.mixtures import EightGaussians
 from scoresde_cli.datasets.planar import Moons
+from scoresde_cli.datasets.table import Table
 from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.evaluation import METRICS, QUICK, evaluate, losses, overfitted, pick_metrics, unlike, verdict
+from scoresde_cli.evaluation import (
+    METRICS,
+    QUICK,
+    evaluate,
+    fresh_pairs,
+    losses,
+    overfitted,
+    pick_metrics,
+    unlike,
+    verdict,
+)
+from scoresde_cli.likelihood import Flow
+from scoresde_cli.metrics.nll import nll
 from scoresde_cli.networks.model import ScoreModel
 
 
@@ -169,3 +182,60 @@ def test_unlike_protocols_are_told_by_their_first_difference():
     assert unlike([one, {"unit": "nats", "protocol": {"n": 50, "step": 5}}]) == "n 100 against 50"
     assert unlike([one, {"unit": "bits/dim", "protocol": {"n": 100}}]) == "unit nats against bits/dim"
     assert unlike([one, one, {"unit": "nats", "protocol": {"n": 100, "nfe": 3}}]) == "nfe None against 3"
+
+
+def test_units_and_levels_enter_the_likelihood(tmp_path):
+    """An untrained model of whitened data is a Gaussian: its density in the user's units is that of the data's moments."""
+    source = torch.Generator().manual_seed(0)
+    rows = (
+        torch.randn(400, 2, generator=source, dtype=torch.float64) @ torch.tensor([[3.0, 1.0], [0.0, 0.2]]).double() + 5
+    )
+    np.save(tmp_path / "t.npy", rows.numpy())
+    parts = compose(config(data="table", data__path=tmp_path / "t.npy", data__scaling="whiten", network__width=8))
+    x = parts.data.splits["test"]
+    found = nll(parts.model.double(), parts.baseline.double(), parts.data, x.double(), 1e-3, Flow(), 0)["nll"]["value"]
+    u, train = (parts.data.units.to_user(parts.data.splits[name]) for name in ("test", "train"))
+    law = torch.distributions.MultivariateNormal(train.mean(0), torch.cov(train.T, correction=0))
+    # What t_min adds to the variance, 1e-4 of it, changes the density by less than 1e-3.
+    assert found == pytest.approx(-float(law.log_prob(u).mean()), abs=1e-3)
+
+
+def test_coarser_levels_take_fewer_bits():
+    """Levels twice as wide: one bit a dimension less for the same density."""
+    parts = compose(config(data="digits", data__dequantise="true", network__width=8))
+    x = parts.data.splits["test"][:5]
+    one, two = (nll(parts.model, parts.baseline, parts.data, x, 1e-3, Flow(steps=5), 0)["nll"] for _ in range(2))
+    assert one["value"] == two["value"]
+    assert one["protocol"]["n"] == 5
+    parts.data.quantum = 2.0 * parts.data.quantum
+    wide = nll(parts.model, parts.baseline, parts.data, x, 1e-3, Flow(steps=5), 0)["nll"]["value"]
+    assert wide == pytest.approx(one["value"] - 1.0, abs=1e-9)
+
+
+def test_pairs_of_finite_data_are_disjoint_and_keep_equal_rows_on_one_side(tmp_path):
+    values = np.repeat(np.random.default_rng(0).normal(size=(60, 2)), 4, axis=0)
+    np.save(tmp_path / "t.npy", values)
+    data = Table(str(tmp_path / "t.npy"))
+    first = None
+    for i in range(5):
+        a, b = fresh_pairs(data, 100, 0)(i)
+        assert (len(a), len(b)) == (100, 100)
+        assert not {tuple(r) for r in a.tolist()} & {tuple(r) for r in b.tolist()}
+        assert first is None or not torch.equal(a, first)
+        first = a
+
+
+def test_runs_of_unlike_processes_or_times_are_unlike_and_of_unlike_losses_are_not():
+    """The held-out loss is the same yardstick whatever the training loss was, where process and times are the same."""
+    quick = {"data__n": 500, "network__width": 8}
+    entries = {}
+    for name, changes in {
+        "ssm": {"loss": "ssm", "n_proj": 1}, "vr": {"loss": "ssm_vr"}, "ve": {"sde": "ve"}, "beta": {"sde__beta_max": 10},
+        "uniform": {"times": "uniform"}, "late": {"t_min": 0.1},
+    }.items():  # fmt: skip
+        parts = compose(config(**quick, **changes))
+        found = evaluate(parts, parts.model, parts.sampler, 50, metrics=["loss"], seed=0, averaged=False, step=0)
+        entries[name] = found.summary["loss"]
+    assert unlike([entries["ssm"], entries["vr"]]) is None
+    for name in ("ve", "beta", "uniform", "late"):
+        assert unlike([entries["vr"], entries[name]]) is not None, name

@@ -118,13 +118,13 @@ def test_a_trained_run_draws_the_class_that_is_asked_for(cli, tmp_path):
 
 
 def test_a_network_that_takes_no_labels_is_refused(cli, tmp_path):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "labelless.py").write_text(
         "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self, shape):\n        super().__init__()\n"
         "        self.last = torch.nn.Linear(2, 2)\n\n    def forward(self, x, c):\n        return self.last(x)\n"
     )
     code, _, err = cli(
         "train",
-        "network._target_=mine.Net",
+        "network._target_=labelless.Net",
         "~network.width",
         "~network.depth",
         "~network.activation",
@@ -132,3 +132,32 @@ def test_a_network_that_takes_no_labels_is_refused(cli, tmp_path):
     )
     assert code == 2
     assert "takes no labels" in err
+
+
+def test_training_hides_the_share_of_labels_that_it_says(monkeypatch):
+    from scoresde_cli.commands.train import plan_of
+    from scoresde_cli.compose import compose
+    from scoresde_cli.training import loop
+    from tests.test_evaluation import config
+
+    parts = compose(
+        config(data__labels="true", data__n=500, label_dropout=0.3, batch_size=2000, network__width=8, loss="dsm")
+    )
+    plan, seen = plan_of(parts), []
+    whole = ScoreModel.labelled
+    monkeypatch.setattr(ScoreModel, "labelled", lambda self, labels: seen.append(labels) or whole(self, labels))
+    loop.train_step(plan, loop.start(plan), 1e-3)
+    (labels,) = seen
+    hidden = (labels == -1).float().mean()
+    assert abs(float(hidden) - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
+    source = generator(0, "train", 0)
+    rows = torch.randint(500, (2000,), generator=source)  # the rows of the step, whose labels they are
+    assert torch.equal(labels[labels >= 0], parts.data.labels["train"][rows][labels >= 0])
+
+
+def test_labels_that_are_numbers_keep_their_names(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(60, 2))
+    np.save(tmp_path / "t.npy", np.column_stack([rows, 1_000_001 + np.arange(60) % 2]))
+    assert Table(str(tmp_path / "t.npy"), labels="x2").classes == ["1000001", "1000002"]
+    np.save(tmp_path / "t.npy", np.column_stack([rows, 0.5 * (1 + np.arange(60) % 2)]))
+    assert Table(str(tmp_path / "t.npy"), labels="x2").classes == ["0.5", "1"]

@@ -23,9 +23,9 @@ from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
 from scoresde_cli.samplers.euler_ode import EulerODE
 from scoresde_cli.samplers.heun_ode import HeunODE
 from scoresde_cli.samplers.langevin import Langevin
-from scoresde_cli.samplers.predictor_corrector import PredictorCorrector
+from scoresde_cli.samplers.predictor_corrector import PREDICTORS, PredictorCorrector
 from scoresde_cli.samplers.reverse_diffusion import ReverseDiffusion
-from scoresde_cli.samplers.steering import Clipped, Known
+from scoresde_cli.samplers.steering import Clipped, Known, Tempered
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
 from tests.laws import correlated_gaussian, name, three_modes
@@ -280,6 +280,42 @@ def test_churn_adds_the_noise_it_says():
     assert torch.corrcoef(torch.stack([x[:, 0], y[:, 0]]))[0, 1] < 0.999  # and it did add noise
 
 
+def test_churn_stays_between_its_ratios_and_has_its_scale():
+    sde = VP()
+    oracle, s = gaussian_oracle(sde), torch.tensor([0.499], dtype=F64)
+    x, t = normal((20_000, 2), generator(0, "x"), F64), torch.tensor([0.5], dtype=F64)
+    r = float(grids.log_ratio(sde.kernel(), t).exp())
+
+    def ahead(**settings):
+        walk = Walk(oracle, sde, generator(1, "w"))
+        return EDMStochastic(steps=10, churn=4.0, **settings).step(walk, x, t.expand(len(x)), s.expand(len(x)))
+
+    plain = EDMStochastic(steps=10, churn=0.0).step(
+        Walk(oracle, sde, generator(1, "w")), x, t.expand(len(x)), s.expand(len(x))
+    )
+    assert torch.allclose(ahead(r_min=1.01 * r), plain, atol=1e-9)
+    assert torch.allclose(ahead(r_max=0.99 * r), plain, atol=1e-9)
+    once, twice = ahead(r_min=0.99 * r, r_max=1.01 * r) - ahead(noise=1e-9), ahead(noise=2.0) - ahead(noise=1e-9)
+    assert torch.allclose(twice, 2 * once, atol=1e-6)  # the step is linear on Gaussian data
+    assert once.std() > 0.1
+
+
+def test_every_predictor_is_the_sampler_of_its_name():
+    for chosen, cls in PREDICTORS.items():
+        assert cls.__module__.endswith(f".{chosen}")
+        assert type(PredictorCorrector(predictor=chosen).first) is cls
+    for foreign, says in ((Langevin(), "stays at one time"),):
+        with pytest.raises(ScoreSDEError, match=says):
+            PredictorCorrector(predictor=foreign).check(Oracle(three_modes(), VP()), VP())
+
+
+def test_a_tempered_density_has_the_tempered_score_as_its_gradient():
+    tempered = Tempered(Oracle(three_modes(), VP()), 0.5)
+    x, t = normal((20, 2), generator(0, "x"), F64).requires_grad_(), torch.full((20,), 0.3, dtype=F64)
+    (gradient,) = torch.autograd.grad(tempered.log_density(x, t).sum(), x)
+    assert torch.allclose(gradient, tempered.score(x, t), atol=1e-10)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("make", [DPMSolverPP, EulerMaruyama], ids=lambda m: m.__name__)
 def test_temperature_scales_the_variance_of_gaussian_data_exactly(make, temperature):
@@ -350,3 +386,13 @@ def test_known_values_are_read_from_a_mapping_an_array_and_a_table(tmp_path):
 def test_known_values_without_being_read_are_refused():
     with pytest.raises(ScoreSDEError, match="scoresde sample"):
         HeunODE(steps=2, known={"x0": 1.0}).sample(Oracle(three_modes(), VP()), VP(), (2,), 5, 0)
+
+
+def test_a_tolerance_that_the_precision_cannot_meet_ends():
+    with pytest.raises(ScoreSDEError, match="take larger ones"):
+        Dopri5(rtol=1e-13, atol=1e-13).sample(Oracle(three_modes(), VP()), VP(), (2,), 5, 0, dtype=torch.float32)
+
+
+def test_a_grid_that_floating_point_cannot_hold_is_refused():
+    with pytest.raises(ScoreSDEError, match="do not decrease"):
+        HeunODE(grid="edm_rho", rho=1e-3).times(VP())

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from scoresde_cli.checks import check_call
 from scoresde_cli.compose import build
+from scoresde_cli.datasets.base import label_name
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.runs import Run
 from scoresde_cli.samplers.base import Sampler
+from scoresde_cli.samplers.steering import Known
 from scoresde_cli.tracking import console
+from scoresde_cli.training.stop import stop_requests
 from scoresde_cli.writers import FILM_FRAMES, WITH_PATH, Track, check_folder, check_out, write_samples
 
 
@@ -27,7 +30,7 @@ class Keys:
     n: Annotated[int, Field(ge=1, le=100_000_000)]
     seed: NonNegativeInt
     out: str | None
-    label: str | int | None
+    label: str | int | float | bool | None
     guidance: Annotated[float, Field(ge=0, le=100)]
     trajectory: Annotated[int, Field(ge=2, le=1000)] | None
     checkpoint: Literal["selected", "last", "best"] | PositiveInt
@@ -52,24 +55,37 @@ def task(config: DictConfig) -> int:
     if keys["label"] is None and keys["guidance"] != 1:
         raise ScoreSDEError(f"guidance={keys['guidance']:g}: it is the weight of a label; say label=NAME too")
     if out is None:
-        name = f"{type(sampler).__name__}-{sampler.steps}-n{keys['n']}-seed{keys['seed']}.npz"
+        label = (
+            ""
+            if keys["label"] is None
+            else f"-label{label_name(keys['label'])}-guidance{keys['guidance']:g}".replace("/", "_")
+        )
+        name = f"{type(sampler).__name__}-{sampler.steps}-n{keys['n']}-seed{keys['seed']}{label}.npz"
         out = check_out(run.path / "samples" / name, keys["overwrite"])
         out.parent.mkdir(exist_ok=True)
         check_folder(out)
     track = pick_track(run, sampler, keys, out)
-    evaluations = 0.0
+    watch = None if track is None else track.watch
+    drawn = run.blocks(keys["n"], keys["seed"], sampler, keys["label"], keys["guidance"], watch)
+    known = None if sampler.known is None else Known.read(sampler.known, run.parts.data)
+    evaluations, bad = 0.0, 0
 
     def blocks() -> Iterator[Tensor]:
-        nonlocal evaluations
-        done, watch = 0, None if track is None else track.watch
-        for block in run.blocks(keys["n"], keys["seed"], sampler, keys["label"], keys["guidance"], watch):
+        nonlocal evaluations, bad
+        done = 0
+        for block in drawn:
             done += len(block.x)
             evaluations += block.nfe * len(block.x) / keys["n"]
+            bad += int((~block.x.isfinite().flatten(1).all(1)).sum())
             progress(done)
             yield block.x
 
-    with console.counting("sampling", keys["n"]) as progress:
-        write_samples(out, run.parts.data, blocks(), keys["n"], keys["overwrite"], track)
+    with stop_requests(), console.counting("sampling", keys["n"]) as progress:
+        write_samples(out, run.parts.data, blocks(), keys["n"], keys["overwrite"], track, known)
+    if bad:
+        console.warn(
+            f"{bad} of {keys['n']} samples are not finite numbers (more sampler.steps or smaller ones may help)"
+        )
     weights = "averaged weights" if run.averaged else "last weights"
     given = "" if keys["label"] is None else f", given label {keys['label']} with guidance {keys['guidance']:g}"
     if sampler.known is not None:
@@ -102,7 +118,7 @@ def pick_sampler(run: Run, chosen: dict[str, Any] | None, t_min: float | None) -
     if chosen is not None:
         if "_target_" not in chosen:  # keys alone change the run's own
             chosen = {**run.config["sampler"], **chosen}
-        sampler = build({**chosen, "t_min": chosen.get("t_min") or trained}, "sampler")
+        sampler = build({**chosen, "t_min": chosen.get("t_min") or sampler.t_min}, "sampler")
     if t_min is not None:
         if isinstance(sampler.grid, list):
             raise ScoreSDEError(f"t_min={t_min}: the list sampler.grid={sampler.grid} says where the times end")

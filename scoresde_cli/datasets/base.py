@@ -24,6 +24,7 @@ class Units:
     Attributes:
         resolution: (d,), the grid of each coordinate that was dequantised, 0 for a continuous one. The way back rounds
             to it.
+        origin: (d,), a value on each grid; None for zero.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +32,7 @@ class Units:
     scale: Tensor | None
     matrix: Tensor | None = None
     resolution: Tensor | None = None
+    origin: Tensor | None = None
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> "Units":
@@ -50,7 +52,12 @@ class Units:
         u = y + self.shift
         if rounded and self.resolution is not None:
             step = torch.where(self.resolution > 0, self.resolution, 1.0)
-            u = torch.where(self.resolution > 0, (u / step).round() * step + 0.0, u)  # no -0
+            origin = torch.zeros_like(step) if self.origin is None else self.origin
+            on_grid = ((u - origin) / step).round() * step + origin
+            digits = 10.0 ** (
+                6 - step.log10().floor()
+            )  # a decimal comes back as the file has it, without the rounding of sums
+            u = torch.where(self.resolution > 0, (on_grid * digits).round() / digits + 0.0, u)  # no -0
         return u.reshape(-1, *self.shape)
 
     def log_det(self) -> float:
@@ -141,6 +148,11 @@ class SampledMixture(Sampled):
 
     def oracle(self, sde: SDE) -> Oracle:
         return Oracle(self.law, sde)
+
+
+def label_name(value: object) -> str:
+    """A label as the user writes it: whole numbers without a point."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def split_rows(rows: Tensor, seed: int) -> tuple[dict[str, Tensor], int]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from scoresde_cli.datasets.base import Dataset, Kind, Units, split_rows
+from scoresde_cli.datasets.base import Dataset, Kind, Units, label_name, split_rows
 from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest, one_line
 from scoresde_cli.rng import generator, uniform
 
@@ -56,14 +56,21 @@ class Table(Dataset):
         else:
             self.kind = "points"
         rows, repeated = split_rows(u, seed)
-        resolution = None
+        resolution = origin = None
         if dequantise:
             resolution = torch.tensor(
                 [smallest_step(column) for column in u[rows["train"]].flatten(1).T.numpy()], dtype=torch.float64
             )
+            origin = u[rows["train"]].flatten(1).amin(0)  # where the grid begins
             noise = uniform((len(u), len(resolution)), generator(seed, "dequantise"), torch.float64) - 0.5
             u = u + (noise * resolution).reshape(u.shape)
-        self.units = fit_units(u[rows["train"]], scaling, names, resolution)
+        self.units = fit_units(u[rows["train"]], scaling, names, resolution, origin)
+        small = {name: len(index) for name, index in rows.items() if len(index) < 2}
+        if small:
+            raise Unreadable(
+                f"data.path={path}: so many rows are equal that the {' and '.join(small)} split would hold fewer than two (equal "
+                "rows stand in one split)"
+            )
         x = self.units.to_model(u).float()
         self.splits = {name: x[index] for name, index in rows.items()}
         if words is not None:
@@ -154,6 +161,8 @@ def read_frame(file: Path, columns: list[str] | None, labels: str | None) -> Rea
     if labels is not None:
         position(labels, names, file)
         words = frame.pop(labels).to_numpy()
+        if not len(frame.columns):
+            raise ScoreSDEError(f"data.labels={labels}: {file} has no other column to model")
         columns = None if columns is None else [name for name in columns if name != labels]
     if columns is not None:
         if not columns or len(set(columns)) < len(columns):
@@ -199,7 +208,10 @@ def handle_missing(
 
     bad = ~torch.isfinite(u.flatten(1))
     if words is not None:
-        bad, names = torch.cat([bad, torch.from_numpy(pd.isna(words))[:, None]], 1), [*(names or []), "of the labels"]
+        bad, names = (
+            torch.cat([bad, torch.from_numpy(pd.isna(words))[:, None]], 1),
+            [*(names or []), "that data.labels names"],
+        )
     rows = bad.any(1)
     count = int(rows.sum())
     if count and missing == "refuse":
@@ -220,27 +232,33 @@ def classes_of(words: np.ndarray, path: str, column: str) -> tuple[list[str], to
             f"data.path={path}: the column {column!r} of labels has {len(values)} distinct values in {len(words)} rows; expected "
             f"classes, at least 2 and at most {min(MANY_CLASSES, len(words) // 2)}"
         )
-    return [f"{value:g}" if isinstance(value, float) else str(value) for value in values], torch.from_numpy(
-        codes
-    ).long()
+    return [label_name(value) for value in values.tolist()], torch.from_numpy(codes).long()
 
 
 def smallest_step(column: np.ndarray) -> float:
-    """The smallest gap between distinct values of a column: the grid it was rounded to."""
+    """The smallest gap between distinct values of a column: the grid it was rounded to, a short decimal where that fits."""
     values = np.unique(column)
     if len(values) < 2:
         return 0.0
     gaps = np.diff(values)
     # Gaps of decimal numbers differ by rounding errors: those far below the typical one are not steps.
-    return float(gaps[gaps > 1e-9 * np.abs(values).max()].min())
+    step = float(gaps[gaps > 1e-9 * np.abs(values).max()].min())
+    short = float(f"{step:.6g}")
+    return short if abs(short - step) < 1e-9 * np.abs(values).max() else step
 
 
-def fit_units(train: torch.Tensor, scaling: str, names: list[str] | None, resolution: torch.Tensor | None) -> Units:
+def fit_units(
+    train: torch.Tensor,
+    scaling: str,
+    names: list[str] | None,
+    resolution: torch.Tensor | None,
+    origin: torch.Tensor | None,
+) -> Units:
     shape, flat = tuple(train.shape[1:]), train.flatten(1)
     mean, std = flat.mean(0), flat.std(0, correction=0)
     if scaling == "none":
         plain = Units.identity(shape)
-        return Units(shape, plain.shift, plain.scale, resolution=resolution)
+        return Units(shape, plain.shift, plain.scale, resolution=resolution, origin=origin)
     constant = (std <= 1e-12 * (1 + mean.abs())).nonzero().flatten().tolist()
     if constant and (names is not None or scaling == "whiten"):
         listed = ", ".join(repr(names[i]) if names else str(i) for i in constant[:5])
@@ -253,6 +271,6 @@ def fit_units(train: torch.Tensor, scaling: str, names: list[str] | None, resolu
                 "data.scaling=whiten: the columns are linearly dependent (covariance of deficient rank); "
                 "leave one out with data.columns=[...], or take data.scaling=standardise"
             )
-        return Units(shape, mean, None, basis * lam.sqrt(), resolution)
+        return Units(shape, mean, None, basis * lam.sqrt(), resolution, origin)
     std = torch.where(std > 0, std, torch.ones_like(std))
-    return Units(shape, mean, std, resolution=resolution)
+    return Units(shape, mean, std, resolution=resolution, origin=origin)

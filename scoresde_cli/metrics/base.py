@@ -116,12 +116,15 @@ def compare(
         pair: i -> the i-th pair of fresh data samples, each of m rows.
     """
     found: dict[str, dict[str, Any]] = {}
-    pairs = [pair(i) for i in range(PAIRS)]
-    for metric in metrics:
+    chances: list[list[Numbers]] = [[] for _ in metrics]
+    for a, b in map(pair, range(PAIRS)):
+        for metric, fresh in zip(metrics, chances, strict=True):
+            m = min(metric.rows, len(samples))
+            fresh.append(metric.measure(a[:m], b[:m]))
+    for metric, fresh in zip(metrics, chances, strict=True):
         m = min(metric.rows, len(samples))
         x, y = samples[:m], held_out[:m]
         numbers, copies = metric.measure(x, y), list(metric.copies(x, y, seed))
-        fresh = [metric.measure(a[:m], b[:m]) for a, b in pairs]
         detail = metric.detail(x, y)
         for name, value in numbers.items():
             quantity = metric.quantities[name]

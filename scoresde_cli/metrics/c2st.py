@@ -58,7 +58,8 @@ def accuracy(x: Tensor, y: Tensor, classifier: Any = None) -> float:
     labels = np.repeat([0, 1], m)
     judge = judges(m, rows.shape[1]) if classifier is None else classifier
     folds = StratifiedKFold(min(FOLDS, m), shuffle=True, random_state=0)
-    with threadpool_limits(1):  # trees of so few rows are slower, and on a busy machine many times slower, on several threads
+    # Trees of so few rows are slower, and on a busy machine many times slower, on several threads.
+    with threadpool_limits(1):
         return float(np.mean(cross_val_predict(judge, rows, labels, cv=folds) == labels))
 
 

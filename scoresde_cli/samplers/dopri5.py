@@ -8,7 +8,10 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.samplers.base import Sampler, Walk
+
+MOST_STEPS = 1000
 
 
 @dataclass(kw_only=True)
@@ -33,5 +36,12 @@ class Dopri5(Sampler):
             return walk.field(y, now.to(y.dtype).expand(len(y)), "velocity")
 
         ends = torch.stack([t[0], s[0]])
-        exactly = {"step_t": ends[1:]}  # no step beyond s: there may be no process
-        return odeint(velocity, x, ends, rtol=self.rtol, atol=self.atol, method="dopri5", options=exactly)[-1]
+        # No step beyond s, where there may be no process, and an end to tolerances that the precision cannot meet.
+        options = {"step_t": ends[1:], "max_num_steps": MOST_STEPS}
+        try:
+            return odeint(velocity, x, ends, rtol=self.rtol, atol=self.atol, method="dopri5", options=options)[-1]
+        except AssertionError as problem:
+            raise ScoreSDEError(
+                f"sampler.rtol={self.rtol:g}, sampler.atol={self.atol:g}: not met in {MOST_STEPS} steps of {x.dtype} "
+                f"({one_line(problem)[:80]}); take larger ones"
+            ) from None

@@ -68,6 +68,8 @@ def times(grid: Grid, rho: float | None, steps: int, sde: SDE, t_min: float) -> 
         else:
             found = time_at(kernel, ends[0] + u * (ends[1] - ends[0]), T)
     found[0], found[-1] = T, t_min
+    if not (found.diff() < 0).all():  # an exponent beyond what floating point holds, or more steps than it tells apart
+        raise ScoreSDEError(f"sampler.grid={grid} with rho={rho:g} and {steps} steps: its times do not decrease")
     return found
 
 

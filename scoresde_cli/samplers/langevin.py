@@ -38,8 +38,12 @@ class Langevin(Sampler):
 
     def check(self, model: FieldModel, sde: SDE) -> None:
         super().check(model, sde)
-        if self.adjusted and "log_density" not in model.provides:
-            raise ScoreSDEError("sampler.adjusted=true needs a model with a density: train with network=energy_mlp")
+        if self.adjusted and ("log_density" not in model.provides or self.clip):
+            raise ScoreSDEError(
+                "sampler.adjusted=true needs a model with a density: network=energy_mlp, without guidance and without sampler.clip"
+            )
+        if self.grid != "power" or self.rho is not None:
+            raise ScoreSDEError(f"sampler.grid={self.grid}: langevin stays at one time, t_min")
 
     def times(self, sde: SDE) -> Tensor:
         return torch.full((self.steps + 1,), self.t_min, dtype=torch.float64)

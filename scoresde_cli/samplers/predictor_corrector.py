@@ -6,13 +6,17 @@ from typing import ClassVar, Literal
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.fields import FieldModel
 from scoresde_cli.samplers.base import Sampler, Walk
 from scoresde_cli.samplers.dpm_solver_pp import DPMSolverPP
 from scoresde_cli.samplers.edm_stochastic import EDMStochastic
 from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
 from scoresde_cli.samplers.euler_ode import EulerODE
 from scoresde_cli.samplers.heun_ode import HeunODE
+from scoresde_cli.samplers.langevin import Langevin
 from scoresde_cli.samplers.reverse_diffusion import ReverseDiffusion
+from scoresde_cli.sdes.base import SDE
 
 Predictor = Literal["reverse_diffusion", "euler_maruyama", "euler_ode", "heun_ode", "dpm_solver_pp", "edm_stochastic"]
 PREDICTORS: dict[str, type[Sampler]] = {
@@ -41,6 +45,12 @@ class PredictorCorrector(Sampler):
         super().__post_init__()
         chosen = self.predictor
         self.first = PREDICTORS[chosen](steps=self.steps) if isinstance(chosen, str) else chosen
+
+    def check(self, model: FieldModel, sde: SDE) -> None:
+        super().check(model, sde)
+        self.first.check(model, sde)
+        if isinstance(self.first, Langevin):
+            raise ScoreSDEError("sampler.predictor: langevin stays at one time; take a sampler that goes down in t")
 
     def step(self, walk: Walk, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         x = self.first.step(walk, x, t, s)

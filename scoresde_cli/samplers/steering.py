@@ -97,16 +97,23 @@ class Known:
 
     Args:
         value: (m, *D); not a number where it is open. Sample i takes row i modulo m.
+        given: the same in the user's units.
     """
 
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+    def __init__(self, value: Tensor, given: np.ndarray | None = None) -> None:
+        self.value, self.given = value, given
 
     def rows(self, first: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(mask, values) of samples first to first + count, (count, *D) each, zero where open."""
         index = torch.arange(first, first + count) % len(self.value)
         value = self.value[index].to(like)
         return ~value.isnan(), value.nan_to_num()
+
+    def restore(self, u: np.ndarray, first: int) -> np.ndarray:
+        """Samples first, first + 1, .. (n, *D) in the user's units with the known values as they were given, off a grid or not."""
+        assert self.given is not None
+        value = self.given[np.arange(first, first + len(u)) % len(self.given)]
+        return np.where(np.isnan(value), u, value)
 
     @classmethod
     def read(cls, given: Mapping[Any, Any] | str, data: Dataset) -> "Known":
@@ -132,7 +139,10 @@ class Known:
                 u[0, names.index(name) if name in names else name] = float(value)
         if u.isnan().all():
             raise ScoreSDEError("sampler.known: nothing is known in it")
-        return cls(data.units.to_model(u.reshape(-1, *data.shape)))
+        if u.isinf().any():
+            raise ScoreSDEError("sampler.known: it holds infinite values")
+        u = u.reshape(-1, *data.shape)
+        return cls(data.units.to_model(u), u.numpy())
 
 
 def read_known(file: Path, names: list[str], data: Dataset) -> Tensor:
