@@ -126,17 +126,16 @@ def table(summary: dict[str, dict[str, Any]]) -> Table:
 
 
 def comparison(titles: list[str], rows: dict[str, list[dict[str, Any]]]) -> None:
-    """One number a row and one run a column, each with its interval; the floor, which they share, behind them."""
+    """One number a row and one run a column, each above its interval; the floor, which they share, behind them."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    grid.add_column("")
+    grid.add_column("", no_wrap=True)
     for title in titles:
         grid.add_column(title, overflow="fold")
     grid.add_column("floor, mean to 95%", no_wrap=True)
     grid.add_column("unit")
     for name, entries in rows.items():
         cells = [
-            f"{number(e['value'])}" + (f" ({number(e['ci'][0])} to {number(e['ci'][1])})" if e["ci"] else "")
-            for e in entries
+            number(e["value"]) + (f"\n{number(e['ci'][0])} to {number(e['ci'][1])}" if e["ci"] else "") for e in entries
         ]
         grid.add_row(name, *cells, floor_of(entries[0]), entries[0]["unit"])
     out.print(grid)
