@@ -24,6 +24,11 @@ def run(name: str, module: str, arguments: list[str]) -> int:
     flags, overrides = sort_arguments(name, arguments)
     check_overrides(name, overrides)
     overrides = keys_alone(name, overrides)
+    fixed = [o for o in overrides if o.startswith("out=") and "," not in o]
+    if fixed and {"-m", "--multirun"} & set(flags):
+        raise ScoreSDEError(
+            f"{fixed[0]}: every job of a sweep would write this file; without out= each writes one of its own"
+        )
     import hydra
 
     failures: list[Exception] = []

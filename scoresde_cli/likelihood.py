@@ -25,7 +25,7 @@ from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
 
 ROWS = 2048  # at a time
-MOST_STEPS = 1000
+MOST_STEPS = 400
 
 
 @dataclass(frozen=True, kw_only=True)

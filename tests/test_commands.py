@@ -159,6 +159,15 @@ def test_a_measure_that_cannot_be_is_one_line(here, argv, says):
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_sweep_of_samples_writes_a_file_a_job(here, trained):
+    code, _, err = here("sample", "-m", "seed=0,1", "n=5", "out=x.npz")
+    assert code == 2
+    assert "every job of a sweep" in err
+    assert here("sample", "-m", "seed=0,1", "n=5")[0] == 0
+    written = [np.load(trained / "samples" / f"DPMSolverPP-40-n5-seed{seed}.npz")["x"] for seed in (0, 1)]
+    assert not np.array_equal(*written)
+
+
 def test_samples_that_are_no_numbers_are_told(here):
     code, _, err = here("sample", "n=20", "sampler=langevin", "sampler.step_size=10", "sampler.steps=200", "out=x.csv")
     assert code == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.samplers.base import Sampler, Walk
 
-MOST_STEPS = 1000
+MOST_STEPS = 400
 
 
 @dataclass(kw_only=True)
