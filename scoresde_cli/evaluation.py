@@ -181,7 +181,8 @@ def evaluate(
     model.eval()
     data = parts.data
     common = {"averaged": averaged, "step": step, "seed": seed, "data": fingerprint(data)}
-    process = {"split": "test", "sde": {"class": type(parts.sde).__name__, **vars(parts.sde)}}
+    settings = {name: value for name, value in vars(parts.sde).items() if isinstance(value, int | float | str)}
+    process = {"split": "test", "sde": {"class": type(parts.sde).__name__, **settings}}
     summary = losses(parts, model, averaged, step, seed) if "loss" in metrics else {}
     x_test, truth = held_out(parts), data.oracle(parts.sde)
     if "score_error" in metrics and truth is not None:

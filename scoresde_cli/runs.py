@@ -86,27 +86,26 @@ class Run:
         index = classes.index(name)
         return self.model.labelled(torch.tensor([index])) if guidance == 1 else Guided(self.model, index, guidance)
 
+    def known(self, sampler: Sampler | None = None) -> Known | None:
+        """The values that the samples of a sampler (None for the run's own) have to take, read from its `known`."""
+        given = (sampler or self.parts.sampler).known
+        return None if given is None else Known.read(given, self.parts.data)
+
     def blocks(
         self, n: int, seed: int = 0, sampler: Sampler | None = None, label: Label | None = None, guidance: float = 1.0,
-        watch: Watch | None = None,
+        known: Known | None = None, watch: Watch | None = None,
     ) -> Iterator[Samples]:  # fmt: skip
-        """n samples in model coordinates, block by block, with their NFE. Arguments as for `sample`."""
+        """n samples in model coordinates, block by block, with their NFE; `known` as the method of that name reads it."""
         if n < 1:
             raise ScoreSDEError(f"n={n}: expected at least one sample")
-        chosen, parts = sampler or self.parts.sampler, self.parts
-        known = None if chosen.known is None else Known.read(chosen.known, parts.data)
-        return chosen.blocks(
+        parts = self.parts
+        return (sampler or parts.sampler).blocks(
             self.given(label, guidance), parts.sde, self.shape, n, seed, device=parts.device, dtype=parts.dtype, known=known,
             watch=watch,
         )  # fmt: skip
 
     def sample(
-        self,
-        n: int,
-        seed: int = 0,
-        sampler: Sampler | None = None,
-        label: Label | None = None,
-        guidance: float = 1.0,
+        self, n: int, seed: int = 0, sampler: Sampler | None = None, label: Label | None = None, guidance: float = 1.0
     ) -> np.ndarray:
         """n samples (n, *D) in the user's units.
 
@@ -115,10 +114,10 @@ class Run:
             label: the name of a class, for a run whose data has labels.
             guidance: weight of the label (steering.Guided).
         """
-        blocks = self.blocks(n, seed, sampler, label, guidance)
+        known = self.known(sampler)
+        blocks = self.blocks(n, seed, sampler, label, guidance, known)
         x = self.units.to_user(torch.cat([block.x for block in blocks]).cpu()).numpy()
-        known = (sampler or self.parts.sampler).known
-        return x if known is None else Known.read(known, self.parts.data).restore(x, 0)
+        return x if known is None else known.restore(x, 0)
 
     def log_density(
         self, x: Any, flow: Flow | None = None, seed: int = 0, label: Label | None = None

@@ -16,7 +16,6 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.runs import Run
 from scoresde_cli.samplers.base import Sampler
-from scoresde_cli.samplers.steering import Known
 from scoresde_cli.tracking import console
 from scoresde_cli.training.stop import stop_requests
 from scoresde_cli.writers import FILM_FRAMES, WITH_PATH, Track, check_folder, check_out, write_samples
@@ -55,19 +54,17 @@ def task(config: DictConfig) -> int:
     if keys["label"] is None and keys["guidance"] != 1:
         raise ScoreSDEError(f"guidance={keys['guidance']:g}: it is the weight of a label; say label=NAME too")
     if out is None:
-        label = (
-            ""
-            if keys["label"] is None
-            else f"-label{label_name(keys['label'])}-guidance{keys['guidance']:g}".replace("/", "_")
-        )
+        label = ""
+        if keys["label"] is not None:
+            label = f"-label{label_name(keys['label'])}-guidance{keys['guidance']:g}".replace("/", "_")
         name = f"{type(sampler).__name__}-{sampler.steps}-n{keys['n']}-seed{keys['seed']}{label}.npz"
         out = check_out(run.path / "samples" / name, keys["overwrite"])
         out.parent.mkdir(exist_ok=True)
         check_folder(out)
     track = pick_track(run, sampler, keys, out)
     watch = None if track is None else track.watch
-    drawn = run.blocks(keys["n"], keys["seed"], sampler, keys["label"], keys["guidance"], watch)
-    known = None if sampler.known is None else Known.read(sampler.known, run.parts.data)
+    known = run.known(sampler)
+    drawn = run.blocks(keys["n"], keys["seed"], sampler, keys["label"], keys["guidance"], known, watch)
     evaluations, bad = 0.0, 0
 
     def blocks() -> Iterator[Tensor]:

@@ -249,13 +249,9 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     summary, samples, held_out = found.summary, found.samples, found.reference
     assert samples is not None  # one of the metrics is always of samples
     summary["train_seconds"] = evaluation.plain(
-        state.seconds,
-        "s",
-        step=state.step,
-        threads=torch.get_num_threads(),
-        precision=s.precision,
+        state.seconds, "s", step=state.step, threads=torch.get_num_threads(), precision=s.precision,
         compiled=not isinstance(parts.field, ScoreModel),
-    )
+    )  # fmt: skip
     summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary["peak_memory_mb"] = evaluation.plain(peak, "MB", of="the process, host memory")

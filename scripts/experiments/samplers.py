@@ -64,7 +64,7 @@ def main() -> None:
     def draw(sampler, seed):
         return sampler.sample(exact, sde, (2,), given.n, seed, dtype=torch.float64)
 
-    # Order 5 at 1e-9 would do; 1000 steps of Heun in log-SNR agree with it and run faster on the whole batch.
+    # Within 3e-6 (root mean square) of dopri5 at a tolerance of 1e-8, a thousandth of the least error in the table.
     fine = HeunODE(steps=1000, grid="log_snr", t_min=T_MIN)
     truth = [draw(fine, seed).x for seed in range(given.seeds)]
     rows = []
