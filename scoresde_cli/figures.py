@@ -63,7 +63,7 @@ def samples(data: Dataset, drawn: Tensor, reference: Tensor, title: str, path: P
     if data.kind == "image":
         return image_grids(a, b, title, path)
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    names = data.columns or [f"x{i + 1}" for i in range(a.shape[1])]
+    names = data.columns or [f"x{i}" for i in range(a.shape[1])]
     return plane(a, b, names, title, path) if a.shape[1] == 2 else marginals(a, b, names, title, path)
 
 

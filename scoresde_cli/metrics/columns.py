@@ -34,7 +34,7 @@ class Flat(Metric):
     def __init__(self, data: Dataset) -> None:
         super().__init__(data)
         (d,) = data.shape
-        self.names = data.columns or [f"x{i + 1}" for i in range(d)]
+        self.names = data.columns or [f"x{i}" for i in range(d)]
         self.rows = rows_of(d)
         train = self.user(data.splits["train"][:SD_ROWS])
         self.sd = np.where(varies(train), train.std(axis=1), 1.0)
