@@ -81,6 +81,11 @@ class Point:
         ]
         return float(loss.detach()), torch.cat(flat)
 
+    def push(self, w: Tensor) -> Tensor:
+        """J w for w (K, draws * POINTS, d), the points of a draw side by side."""
+        many = w.unflatten(1, (-1, POINTS))
+        return torch.einsum("pij,kmpj->kmpi", self.jacobian, many).reshape(w.shape)
+
     def losses(self, v: Tensor) -> Tensor:
         """SSM for directions v (draws, n, POINTS, d), from the Jacobians: (draws,)."""
         quadratic = (v * self.score).sum(-1).square()
@@ -88,17 +93,16 @@ class Point:
         return (quadratic + 2.0 * projected).mean((1, 2))
 
 
-def draw(law: Projection, shape: tuple[int, int], n: int, draws: int, source: torch.Generator) -> Tensor:
+def draw(law: Projection, point: Point, n: int, draws: int, source: torch.Generator) -> Tensor:
     """`draws` independent sets of n directions for each point: (draws, n, POINTS, d)."""
-    points, d = shape
-    v = law.sample((draws * points, d), n, source, torch.float64)
-    return v.reshape(n, draws, points, d).transpose(0, 1)
+    d = point.x.shape[1]
+    v = law.directions(point.push, (draws * POINTS, d), n, source, torch.float64)
+    return v.reshape(n, draws, POINTS, d).transpose(0, 1)
 
 
 def checks(network: nn.Module, law: Projection, d: int, n: int, draws: int, seed: int) -> list[Check]:
     """Every line of the table for one law."""
     point = Point(network, d, seed)
-    shape = (POINTS, d)
     found = moments(law, d, draws, seed, n)
     # The largest of d z-scores (or d^2) of a right law: Bonferroni at the level of LIMIT.
     wide_mean, wide_second = bonferroni(d), bonferroni(d * d)
@@ -106,7 +110,7 @@ def checks(network: nn.Module, law: Projection, d: int, n: int, draws: int, seed
         Check("E[v], largest |z|", found["mean_z"], None, None, found["mean_z"] < wide_mean),
         Check("E[v v^T] - I, largest |z|", found["second_z"], None, None, found["second_z"] < wide_second),
     ]
-    v = draw(law, shape, n, draws, generator(seed, "verify", "loss"))
+    v = draw(law, point, n, draws, generator(seed, "verify", "loss"))
     losses = point.losses(v)
     z = float(z_score(losses, point.exact))
     lines.append(Check("E L_SSM against L_ISM", float(losses.mean()), point.exact, z, abs(z) < LIMIT))
@@ -117,7 +121,7 @@ def checks(network: nn.Module, law: Projection, d: int, n: int, draws: int, seed
     predicted = law.variance(point.jacobian[0], n)
     if predicted is not None:
         lines.append(variance_check(traces, exact_trace, float(predicted), draws))
-    lines.append(gradient_check(point, law, shape, n, seed))
+    lines.append(gradient_check(point, law, n, seed))
     by_autograd = float((point.by_autograd - point.jacobian.diagonal(dim1=1, dim2=2).sum(1)).abs().max())
     lines.append(Check("tr J against reverse mode, largest error", by_autograd, 0.0, None, by_autograd < 1e-10))
     return [*lines, scale_check(law, d, n, draws, seed)]
@@ -140,10 +144,10 @@ def variance_check(traces: Tensor, mean: float, predicted: float, draws: int) ->
     return Check("Var v^T J v against the closed form", measured, predicted, z, abs(z) < LIMIT)
 
 
-def gradient_check(point: Point, law: Projection, shape: tuple[int, int], n: int, seed: int, draws: int = 400) -> Check:
+def gradient_check(point: Point, law: Projection, n: int, seed: int, draws: int = 400) -> Check:
     """The gradient of SSM against that of ISM along eight fixed random directions in weight space; the largest |z|."""
     along = normal((8, len(point.gradient)), generator(seed, "verify", "along"), torch.float64)
-    v = draw(law, shape, n, draws, generator(seed, "verify", "gradient"))
+    v = draw(law, point, n, draws, generator(seed, "verify", "gradient"))
     gradients = torch.stack([along @ point.loss_and_gradient(one)[1] for one in v])
     z = float(z_score(gradients, along @ point.gradient).abs().max())
     measured, exact = float(gradients.mean(0).norm()), float((along @ point.gradient).norm())
@@ -153,7 +157,7 @@ def gradient_check(point: Point, law: Projection, shape: tuple[int, int], n: int
 def scale_check(law: Projection, d: int, n: int, draws: int, seed: int) -> Check:
     """Sign and scale: with the exact score S = -x of N(0, I), the least L_SSM is -E|S|^2 = -d (convention |S|^2 + 2 tr J)."""
     x = normal((draws, d), generator(seed, "verify", "scale"), torch.float64)
-    v = law.sample((draws, d), n, generator(seed, "verify", "scale", 1), torch.float64)
+    v = law.directions(torch.neg, (draws, d), n, generator(seed, "verify", "scale", 1), torch.float64)
     values = ((v * -x).sum(2).square() - 2.0 * v.square().sum(2)).mean(0)
     z = float(z_score(values, -float(d)))
     return Check("L_SSM of the exact score of N(0, I): -d", float(values.mean()), -float(d), z, abs(z) < LIMIT)

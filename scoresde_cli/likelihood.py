@@ -7,7 +7,8 @@ With dx/dt = velocity(x, t),
 
 p_T taken to be the process's prior (Chen et al., NeurIPS 2018, theorem 1; Song et al., ICLR 2021, eq. 39). The trace is exact, or
 estimated with random directions that stay the same along the way (Grathwohl et al., ICLR 2019, eq. 8): unbiased, as the way itself
-does not depend on them. Independent repeats of the estimate give its standard error.
+does not depend on them. A law that looks at the Jacobian aims them anew at every time, from the same random numbers: as unbiased.
+Independent repeats of the estimate give its standard error.
 """
 
 from dataclasses import dataclass
@@ -91,20 +92,30 @@ def integrate(
     """(log p (repeats, B), evaluations). The state is kept in float64, the model evaluated in the precision of x."""
     from torchdiffeq import odeint
 
-    v = None
-    if flow.projection is not None:
-        # A chunk that is not full draws as if it were, so that its rows do not depend on how many there are.
-        draws = [
-            flow.projection.sample((ROWS, *x.shape[1:]), flow.n_proj, source, x.dtype) for _ in range(flow.repeats)
-        ]
-        v = torch.cat(draws)[:, : len(x)]
-    nfe = 0
+    law, beginning, nfe = flow.projection, source.get_state(), 0
+
+    def directions(law: Projection, y: Tensor, t: Tensor) -> Tensor:
+        """Those of all repeats, (repeats n_proj, B, *D).
+
+        A chunk that is not full draws as if it were, so that its rows do not depend on how many there are.
+        """
+
+        def push(w: Tensor) -> Tensor:
+            return torch.cat([divergence.dual(model, y, t, w[:, : len(y)])[1], w[:, len(y) :]], dim=1)
+
+        source.set_state(beginning)
+        shape = (ROWS, *x.shape[1:])
+        draws = [law.directions(push, shape, flow.n_proj, source, x.dtype) for _ in range(flow.repeats)]
+        return torch.cat(draws)[:, : len(x)]
+
+    fixed = None if law is None or law.adapted else directions(law, x, x)
 
     def rates(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """d/du of x and of the integral, with t = u^2."""
         nonlocal nfe
         nfe += 1
         y, t = state[0].to(x.dtype), u.square().to(x.dtype).expand(len(x))
+        v = directions(law, y, t) if law is not None and law.adapted else fixed
         score, trace = weighted_traces(model, sde, y, t, v, flow.repeats)
         div = sde.known_divergence(y, t) - 0.5 * (sde.div_sigma(y, t) * score).flatten(1).sum(1) - 0.5 * trace
         return 2 * u * sde.velocity(y, t, score).double(), 2 * u * div.double()
@@ -115,7 +126,7 @@ def integrate(
         options: dict[str, Any] = {"grid_constructor": lambda *_: grid}
     else:
         options = {"step_t": ends[1:], "max_num_steps": MOST_STEPS}
-    start = x.double(), torch.zeros(1 if v is None else flow.repeats, len(x), dtype=torch.float64, device=x.device)
+    start = x.double(), torch.zeros(1 if law is None else flow.repeats, len(x), dtype=torch.float64, device=x.device)
     try:
         ys, totals = odeint(rates, start, ends, rtol=flow.rtol, atol=flow.atol, method=flow.method, options=options)
     except AssertionError as problem:

@@ -194,7 +194,7 @@ def test_verify_holds_for_every_law(law):
     network = randomise(MLP((5,), 12, 2), 0)
     lines = checks(network, law, 5, 2, 4000, 0)
     assert [line.name for line in lines if not line.good] == []
-    assert len(lines) == 8
+    assert len(lines) == (7 if law.adapted else 8)  # no closed form of the variance
 
 
 class Long(Sphere):

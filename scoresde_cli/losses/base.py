@@ -79,11 +79,21 @@ class Loss(ABC):
             return sde.diffusion(t).trace_cov(d) / d
         return torch.ones_like(t)
 
-    def __call__(self, model: FieldModel, sde: SDE, x0: Tensor, generator: torch.Generator) -> Tensor:
+    def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:
+        """Times (B,) by the loss's own law, and the data at these times."""
         t = draw_times(self.times, len(x0), self.t_min, sde.T, generator).to(x0.dtype)
-        noised = sde.perturb(x0, t, generator)
+        return t, sde.perturb(x0, t, generator)
+
+    def weighted(
+        self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The loss (B,) of data that is noised already; the generator draws the directions."""
         value = self.value(model, sde, x0, noised, t, generator)
         return (0.5 if self.half else 1.0) * self.weight(sde, t, x0[0].numel()) * value
+
+    def __call__(self, model: FieldModel, sde: SDE, x0: Tensor, generator: torch.Generator) -> Tensor:
+        t, noised = self.noise(sde, x0, generator)
+        return self.weighted(model, sde, x0, noised, t, generator)
 
     def convention(self, d: int | None = None) -> str:
         """The loss in words, with its scale; in d dimensions, where they are given."""

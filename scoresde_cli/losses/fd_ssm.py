@@ -51,7 +51,7 @@ class FDSSM(SSM):
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        v, kernel = self.directions(noised.x_t, generator), sde.kernel()
+        v, kernel = self.directions(model, noised.x_t, t, generator), sde.kernel()
         h = self.step * (torch.ones_like(t) if kernel is None else kernel.sigma(t))
         score, jvp = divergence.finite_difference(model, noised.x_t, t, v, h)
         return (divergence.inner(v, score, 2).square() + 2.0 * divergence.inner(v, jvp, 2)).mean(0)

@@ -25,6 +25,7 @@ class SSM(Loss):
 
     name = "ssm"
     formula = "(v^T S)^2 + 2 v^T J v"
+    automatic = False  # n_proj is chosen as training goes (training/directions.py)
 
     def __init__(
         self, projection: Projection, n_proj: PositiveInt = 4, weighting: Weighting = "sigma2", half: bool = False,
@@ -36,13 +37,19 @@ class SSM(Loss):
     def tangents(self, d: int) -> int:
         return self.n_proj
 
-    def directions(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return self.projection.sample(tuple(x.shape), self.n_proj, generator, x.dtype)
+    def directions(self, model: FieldModel, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """(n_proj, B, *D), constants in the gradient, drawn given the Jacobians at x where the law looks at them."""
+
+        @torch.no_grad()
+        def push(w: Tensor) -> Tensor:
+            return divergence.dual(model, x, t, w)[1]
+
+        return self.projection.directions(push, tuple(x.shape), self.n_proj, generator, x.dtype)
 
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        v = self.directions(noised.x_t, generator)
+        v = self.directions(model, noised.x_t, t, generator)
         score, projected = divergence.score_and_projections(model, noised.x_t, t, v)
         return (divergence.inner(v, score, 2).square() + 2.0 * projected).mean(0)
 
@@ -54,4 +61,5 @@ class SSM(Loss):
         return SSMVR(Rademacher(), 16, self.weighting, self.half, self.times, self.t_min)
 
     def convention(self, d: int | None = None) -> str:
-        return f"{super().convention(d)}, n_proj={self.n_proj} ({type(self.projection).__name__.lower()})"
+        n = "auto" if self.automatic else self.n_proj
+        return f"{super().convention(d)}, n_proj={n} ({type(self.projection).__name__.lower()})"

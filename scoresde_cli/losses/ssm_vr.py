@@ -25,7 +25,7 @@ class SSMVR(SSM):
         return min(self.n_proj, d)
 
     def convention(self, d: int | None = None) -> str:
-        if d is not None and self.n_proj >= d:
+        if d is not None and self.n_proj >= d and not self.automatic:
             return f"{Loss.convention(self, d)}, the trace exact (n_proj={self.n_proj} >= d={d})"
         return super().convention(d)
 
@@ -36,7 +36,7 @@ class SSMVR(SSM):
         if self.n_proj >= x[0].numel():
             score, trace = divergence.score_and_trace(model, x, t)
         else:
-            v = self.directions(x, generator)
+            v = self.directions(model, x, t, generator)
             score, projected = divergence.score_and_projections(model, x, t, v, exact=True)
             trace = projected.mean(0)
         return score.square().flatten(1).sum(1) + 2.0 * trace
