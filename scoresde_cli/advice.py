@@ -7,21 +7,21 @@ from scoresde_cli.compose import Parts
 def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
     """(notes, warnings): what the user should know before the work starts, a line each."""
     loss, d, s = parts.loss, parts.d, parts.settings
+    exact = loss.name == "ssm_vr" and s.n_proj != "auto" and s.n_proj >= d
     notes, warnings = [], []
     law = getattr(loss, "projection", None)
     if law is None:
         ignored = [o for o in overrides if o.split("=")[0] in ("n_proj", "projection")]
         if ignored:
             notes.append(f"loss={loss.name} draws no directions: {', '.join(ignored)} has no effect")
-    elif loss.name == "ssm_vr" and s.n_proj >= d:
+    elif exact:
         notes.append(f"n_proj={s.n_proj} >= d={d}: the trace is exact ({d} unit directions), no direction is drawn")
-    elif loss.name == "ssm" and s.n_proj >= d:
+    elif loss.name == "ssm" and s.n_proj != "auto" and s.n_proj >= d:
         notes.append(f"n_proj={s.n_proj} >= d={d}: loss=ism would be exact for {d} directions; ssm draws as asked")
     if loss.name == "ssm" and d > 8:
         warnings.append(
             f"loss=ssm at d={d}: the variance of (v^T S)^2 grows like d; loss=ssm_vr keeps the square exact"
         )
-    exact = loss.name == "ssm_vr" and s.n_proj >= d
     if isinstance(law, projections.Gaussian) and d <= 4 and not exact:
         warnings.append(f"projection=gaussian at d={d}: about three times the variance of rademacher")
     if loss.name == "ism" and d > 16:

@@ -19,12 +19,15 @@ from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import Loss, Times
+from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
 from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian, gaussian_model
 from scoresde_cli.networks.parameterisation import Parameterisation
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.sdes.base import SDE
+from scoresde_cli.training.directions import Chooser
+from scoresde_cli.training.loop import Plan
 from scoresde_cli.training.optimizer import Adam
 
 PathText = Annotated[str, Field(min_length=1)]
@@ -53,6 +56,15 @@ class EvalKeys:
     n: Annotated[int, Field(ge=20, le=10_000_000)]
     metrics: list[str] | None
     figures: bool
+    nll: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NLLKeys:
+    """The keys under `eval.nll`."""
+
+    rows: Annotated[int, Field(ge=10, le=1_000_000)] = 2000
+    steps: PositiveInt = 50
 
 
 @dataclass(frozen=True)
@@ -60,13 +72,15 @@ class DivergenceKeys:
     """The keys under `divergence`."""
 
     chunk: PositiveInt | Literal["auto"] | None
+    tangent_cost: PositiveFloat | Literal["auto"] = "auto"
+    exact_cost: PositiveFloat | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
 class Settings:
     """The top-level keys of `train` that are not parts, as conf/train.yaml describes them."""
 
-    n_proj: PositiveInt
+    n_proj: PositiveInt | Literal["auto"]
     steps: PositiveInt
     max_seconds: PositiveFloat | None
     batch_size: PositiveInt
@@ -84,6 +98,7 @@ class Settings:
     divergence: dict[str, Any]
     checkpoint: dict[str, Any]
     eval: dict[str, Any]
+    objective: str | None = None
     dir: PathText | None = None
     resume: PathText | None = None
     trust: bool = False
@@ -109,6 +124,26 @@ class Parts:
     def d(self) -> int:
         """The number of elements of one sample."""
         return int(torch.Size(self.data.shape).numel())
+
+    def plan(self) -> Plan:
+        """What the training loop needs of them, the data on the device."""
+        s = self.settings
+
+        def resident(split: str) -> torch.Tensor:
+            return self.data.splits[split].to(device=self.device, dtype=self.dtype)
+
+        return Plan(
+            self.model, self.field, self.sde, self.loss, self.optimizer, resident("train"), resident("valid"), self.baseline,
+            s.seed, s.steps, s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
+            None if self.data.labels is None else self.data.labels["train"].to(self.device), s.label_dropout, self.chooser(),
+        )  # fmt: skip
+
+    def chooser(self) -> Chooser | None:
+        """Of the number of directions, where that is left open and what they cost is known."""
+        loss, costs = self.loss, [self.settings.divergence.get(name, "auto") for name in ("tangent_cost", "exact_cost")]
+        if not isinstance(loss, SSM) or not loss.automatic or "auto" in costs:
+            return None
+        return Chooser(loss, self.d, *costs)
 
 
 def locate(target: object, where: str) -> Any:
@@ -188,7 +223,22 @@ def settings(config: Mapping[str, Any]) -> Settings:
     check_call(Settings, given, "")
     for name, keys in (("divergence", DivergenceKeys), ("checkpoint", CheckpointKeys), ("eval", EvalKeys)):
         check_call(keys, given[name], name)
+    check_call(NLLKeys, given["eval"].get("nll", {}), "eval.nll")
     return Settings(**given)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse what can be seen to be wrong without the data: for the many configs of a sweep, before its first job."""
+    keys = settings(config)
+    pick_device(keys.device)
+    for name in PARTS:
+        if name in ("data", "network"):
+            runtime = ("shape", "classes") if name == "network" else ()
+            node = dict(config[name])
+            cls = locate(node.pop("_target_", None), name)
+            check_call(cls, node, name, runtime)
+        else:
+            build(config[name], name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -223,11 +273,36 @@ def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int, cl
     return network
 
 
+def build_loss(node: Mapping[str, Any], keys: Settings) -> Loss:
+    """The loss; with n_proj=auto one that has its number of directions chosen, and one direction until then."""
+    if keys.n_proj != "auto":
+        found: Loss = build(node, "loss")
+        return found
+    if node.get("n_proj", "auto") != "auto":
+        raise ScoreSDEError(f"loss.n_proj={node['n_proj']} with n_proj=auto: say one of them")
+    loss: Loss = build({**node, **({"n_proj": 1} if "n_proj" in node else {})}, "loss")
+    if not isinstance(loss, SSM) or not loss.second_order:
+        raise ScoreSDEError(f"n_proj=auto with loss={loss.name}: expected a number; auto is for loss=ssm and ssm_vr")
+    if loss.projection.adapted:
+        raise ScoreSDEError(
+            f"n_proj=auto with projection={type(loss.projection).__name__.lower()}: how its variance falls with n_proj depends on "
+            "the Jacobian; expected a number, or a law that knows nothing of it, such as orthogonal"
+        )
+    loss.automatic = True
+    return loss
+
+
 def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
     """Refuse parts that do not fit together, naming what would."""
     if loss.needs_kernel and sde.kernel() is None:
         raise ScoreSDEError(
             f"loss={loss.name} needs a closed-form kernel, which sde {type(sde).__name__} has not; ism, ssm and ssm_vr work"
+        )
+    law = getattr(loss, "projection", None)
+    if law is not None and law.adapted and not loss.second_order:
+        raise ScoreSDEError(
+            f"projection={type(law).__name__.lower()} with loss={loss.name}: the law looks at the Jacobian, and finite differences "
+            "take no product with it; take orthogonal, or loss=ssm or ssm_vr"
         )
     sampler.check(model, sde)
     if sampler.known is not None:
@@ -267,7 +342,7 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     optimizer: Adam = build(config["optimizer"], "optimizer")
     sampler: Sampler = build(config["sampler"], "sampler")
     build(config["projection"], "projection")
-    loss: Loss = build(config["loss"], "loss")
+    loss = build_loss(config["loss"], keys)
     if data is None:
         data = build(config["data"], "data")
     parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
@@ -292,5 +367,7 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
         raise ScoreSDEError(f"sampler.t_min={sampler.t_min}: the score is trained on t >= t_min={keys.t_min}")
     law = getattr(loss, "projection", None)
     if law is not None and type(law).__module__ != projections.__name__:
-        projections.check_law(law, data.shape, keys.n_proj, keys.batch_size, dtype, type(law).__name__)
+        projections.check_law(
+            law, data.shape, 4 if keys.n_proj == "auto" else keys.n_proj, keys.batch_size, dtype, type(law).__name__
+        )
     return Parts(data, sde, model, field, baseline, loss, optimizer, sampler, keys, device, dtype)

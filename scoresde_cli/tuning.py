@@ -1,4 +1,4 @@
-"""What depends on the machine, settled before a run begins and kept in its config: threads, chunk, compilation.
+"""What depends on the machine, settled before a run begins and kept in its config: threads, chunk, compilation, costs.
 
 They decide speed, memory and the last bits of the numbers, so a resumed or repeated run takes what the first one found.
 """
@@ -21,9 +21,11 @@ from scoresde_cli import divergence
 from scoresde_cli.compose import ALL_THREADS, Parts
 from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.fields import FieldModel
+from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.tracking import console
+from scoresde_cli.training import directions
 
 # Seen on two CPU cores, perceptrons of 0.05 to 5 million weights: 7 to 30 s to compile forward and backward, and a step
 # that is 0 to 30 percent shorter. `auto` compiles where a gain of GAIN would repay the wait, and keeps what is faster.
@@ -42,6 +44,7 @@ def settle(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, 
         try:
             plain.chunk = pick_chunk(parts) if chunk == "auto" else chunk
             field = pick_field(parts, plain, done)
+            divergences = {**parts.settings.divergence, "chunk": plain.chunk, **pick_costs(parts)}
         except (ScoreSDEError, OSError, MemoryError):
             raise
         except Exception as problem:
@@ -49,8 +52,9 @@ def settle(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, 
                 f"a training step of {type(plain.network).__name__} with loss={parts.loss.name} fails on a batch of "
                 f"{tuple(batch(parts).shape)}: {type(problem).__name__}: {one_line(problem)[:200]}"
             ) from problem
-    found = {"threads": threads, "divergence": {"chunk": plain.chunk}, "compile": field is not plain}
-    return dataclasses.replace(parts, field=field), {**config, **found}
+    found = {"threads": threads, "divergence": divergences, "compile": field is not plain}
+    kept = dataclasses.replace(parts.settings, divergence=divergences)
+    return dataclasses.replace(parts, field=field, settings=kept), {**config, **found}
 
 
 def pick_threads(parts: Parts) -> int:
@@ -107,7 +111,8 @@ def bytes_of(field: FieldModel, x: Tensor, t: Tensor, directions: int) -> int:
 
 def pick_chunk(parts: Parts) -> int | None:
     """Directions at a time, all where their activations fit; None for a loss that pushes none."""
-    count = parts.loss.tangents(parts.d)
+    loss = parts.loss
+    count = directions.most(loss, parts.d) if isinstance(loss, SSM) and loss.automatic else loss.tangents(parts.d)
     if not parts.loss.second_order or count == 0:
         return None
     x = batch(parts)
@@ -119,15 +124,31 @@ def pick_chunk(parts: Parts) -> int | None:
     return -(-count // chunks)
 
 
+def pick_costs(parts: Parts) -> dict[str, float]:
+    """What n_proj=auto chooses by: the costs of a tangent and of the exact trace, in units of a step without tangents."""
+    loss, known = parts.loss, parts.settings.divergence
+    names = ("tangent_cost", "exact_cost")
+    if not isinstance(loss, SSM) or not loss.automatic or all(known.get(name, "auto") != "auto" for name in names):
+        return {}
+    measured = directions.cost_of_a_tangent(parts.plan(), loss, parts.d)
+    return {name: cost for name, cost in zip(names, measured, strict=True) if known.get(name, "auto") == "auto"}
+
+
 def pick_field(parts: Parts, plain: ScoreModel, done: int) -> FieldModel:
     """The field of the training loss: compiled where that is asked for, or pays in the steps that are left."""
     wanted, s = parts.settings.compile, parts.settings
     if wanted is False:
         return plain
-    directions = parts.loss.tangents(parts.d)
-    if parts.loss.second_order and plain.chunk is not None and plain.chunk < directions:
+    if s.n_proj == "auto":
         if wanted is True:
-            console.note(f"compile=true has no effect with {plain.chunk} of {directions} directions at a time")
+            console.note(
+                "compile=true has no effect with n_proj=auto: each number of directions would be compiled anew"
+            )
+        return plain
+    count = parts.loss.tangents(parts.d)
+    if parts.loss.second_order and plain.chunk is not None and plain.chunk < count:
+        if wanted is True:
+            console.note(f"compile=true has no effect with {plain.chunk} of {count} directions at a time")
         return plain
     if wanted == "auto":
         expected = (s.steps - done) * seconds_of(parts, [plain])[0]

@@ -135,7 +135,6 @@ def test_a_network_that_takes_no_labels_is_refused(cli, tmp_path):
 
 
 def test_training_hides_the_share_of_labels_that_it_says(monkeypatch):
-    from scoresde_cli.commands.train import plan_of
     from scoresde_cli.compose import compose
     from scoresde_cli.training import loop
     from tests.test_evaluation import config
@@ -143,7 +142,7 @@ def test_training_hides_the_share_of_labels_that_it_says(monkeypatch):
     parts = compose(
         config(data__labels="true", data__n=500, label_dropout=0.3, batch_size=2000, network__width=8, loss="dsm")
     )
-    plan, seen = plan_of(parts), []
+    plan, seen = parts.plan(), []
     whole = ScoreModel.labelled
     monkeypatch.setattr(ScoreModel, "labelled", lambda self, labels: seen.append(labels) or whole(self, labels))
     loop.train_step(plan, loop.start(plan), 1e-3)

@@ -241,14 +241,13 @@ class WithStatistics(torch.nn.Module):
 
 
 def test_the_average_keeps_the_statistics_of_the_network():
-    from scoresde_cli.commands.train import plan_of
     from scoresde_cli.training import loop
 
     parts = parts_of("loss=dsm", "batch_size=64")
     parts.model.network = WithStatistics((2,))
-    state = loop.start(plan_of(parts))
+    state = loop.start(parts.plan())
     for _ in range(5):
-        loop.train_step(plan_of(parts), state, 1e-3)
+        loop.train_step(parts.plan(), state, 1e-3)
     found, kept = dict(state.model.network.named_buffers()), dict(state.average.network.named_buffers())
     assert float(found["net.1.running_var"].sub(1).abs().max()) > 0.01
     assert all(torch.equal(found[name], kept[name]) for name in found)
@@ -256,7 +255,6 @@ def test_the_average_keeps_the_statistics_of_the_network():
 
 def test_a_network_that_draws_is_repeated_step_by_step():
     """Dropout draws from the global generator, which each step seeds: the same weights again."""
-    from scoresde_cli.commands.train import plan_of
     from scoresde_cli.training import loop
 
     ends = []
@@ -265,10 +263,10 @@ def test_a_network_that_draws_is_repeated_step_by_step():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             parts.model.network = WithStatistics((2,))
-        state = loop.start(plan_of(parts))
+        state = loop.start(parts.plan())
         for _ in range(3):
             torch.rand(5)  # whatever else happens in the process
-            loop.train_step(plan_of(parts), state, 1e-3)
+            loop.train_step(parts.plan(), state, 1e-3)
         ends.append(torch.cat([p.detach().flatten() for p in state.model.network.parameters()]))
     assert torch.equal(*ends)
 

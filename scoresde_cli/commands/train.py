@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from scoresde_cli import evaluation
+from scoresde_cli import evaluation, sweeps
 from scoresde_cli.advice import advice
-from scoresde_cli.compose import Parts, build, compose
+from scoresde_cli.compose import NLLKeys, Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
+from scoresde_cli.likelihood import Flow
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.provenance import command_line, now
 from scoresde_cli.rundir import RunDir
@@ -28,24 +29,61 @@ from scoresde_cli.writers import write_samples
 MAY_CHANGE = ("steps", "max_seconds", "resume", "trust")
 
 
-def task(config: DictConfig) -> int:
+def task(config: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     overrides = list(hydra.overrides.task)
+    if hydra.mode != RunMode.MULTIRUN:
+        if plain.get("resume") is None:
+            fresh(plain, overrides)
+        else:
+            resume(plain, overrides)
+        return None
     if plain.get("resume") is not None:
-        if hydra.mode == RunMode.MULTIRUN:
-            raise ScoreSDEError(f"resume={plain['resume']}: one run cannot be gone on with by a sweep")
-        return resume(plain, overrides)
-    folder = hydra.runtime.output_dir if hydra.mode == RunMode.MULTIRUN else None
-    if folder is not None and plain.get("dir") is not None:
+        raise ScoreSDEError(f"resume={plain['resume']}: one run cannot be gone on with by a sweep")
+    if plain.get("dir") is not None:
         raise ScoreSDEError(
             f"dir={plain['dir']}: the jobs of a sweep would share it; name the sweep's own by hydra.sweep.dir="
         )
-    fresh(plain, overrides, folder)
-    return 0
+    folder = Path(hydra.runtime.output_dir)
+    if hydra.sweep.subdir == ".":
+        folder = folder / (sweeps.slug(hydra.job.override_dirname) or "run")
+    return job(plain, overrides, folder, hydra.runtime.choices["hydra/launcher"])
+
+
+def job(config: dict[str, Any], overrides: list[str], folder: Path, launcher: str, total: int | None = None) -> float:
+    """One job of a sweep: trained anew, gone on with where it was cut or failed, left alone where it is done.
+
+    The number in its summary that a sweeper such as Optuna is to make small, `objective`; NaN where the job failed, whose last
+    line is kept (sweeps.outcome).
+    """
+    found = float("nan")
+    with sweeps.worker(folder, launcher, total), sweeps.outcome(folder):
+        if launcher == "joblib":  # as many jobs as there are cores
+            config = {**config, "threads": config["threads"] or 1}
+        tracker = {**config["tracker"], "group": config["tracker"].get("group") or folder.parent.name}
+        if not (folder / "run.json").is_file():
+            run = fresh({**config, "tracker": tracker}, overrides, str(folder))
+        else:
+            run = RunDir.open(folder)
+            sweeps.check_same(run, config)
+            sweeps.await_release(run)
+            if run.status() == "finished":
+                console.note(f"{folder} is done")
+            else:
+                go_on(run, bool(config["trust"]), {})
+        found = objective(run.summary(), config["objective"])
+    return found
+
+
+def objective(summary: dict[str, Any], name: str | None) -> float:
+    """The number of that name, or the held-out loss."""
+    if (name or "loss") not in summary:
+        raise ScoreSDEError(f"objective={name}: not measured; expected one of {', '.join(summary)}")
+    return float(summary[name or "loss"]["value"])
 
 
 def fresh(
@@ -68,8 +106,8 @@ def fresh(
     return run
 
 
-def resume(config: dict[str, Any], overrides: list[str]) -> int:
-    """Go on with the run in `resume`, in the same directory, with the same config."""
+def resume(config: dict[str, Any], overrides: list[str]) -> None:
+    """Go on with the run in `resume`, in the same directory, with the same config but for what the command line changes."""
     run = RunDir.open(str(config["resume"]), "resume")
 
     def key_of(override: str) -> str:
@@ -80,14 +118,20 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
         raise ScoreSDEError(
             f"resume keeps the run's own config: {', '.join(foreign)} cannot change; only steps, max_seconds and tracker.* can"
         )
+    keys = [key_of(o) for o in overrides]
+    changes = {key: config[key] for key in keys if key in ("steps", "max_seconds")}
+    tracker = {
+        key.split(".", 1)[1]: config["tracker"].get(key.split(".", 1)[1]) for key in keys if key.startswith("tracker.")
+    }
+    go_on(run, bool(config["trust"]), changes | ({"tracker": tracker} if tracker else {}))
+
+
+def go_on(run: RunDir, trust: bool, changes: dict[str, Any]) -> None:
+    """Go on with a run from its last checkpoint, some keys of its config changed."""
     with run.lock():
-        kept = run.config(bool(config["trust"]))
+        kept = run.config(trust)
         was_finished = run.facts()["status"] == "finished"
-        for key in map(key_of, overrides):
-            if key in ("steps", "max_seconds"):
-                kept[key] = config[key]
-            elif key.startswith("tracker."):
-                kept["tracker"][key.split(".", 1)[1]] = config["tracker"].get(key.split(".", 1)[1])
+        kept |= {**changes, "tracker": kept["tracker"] | changes.get("tracker", {})}
         parts = compose(kept)
         tracker = build(kept["tracker"], "tracker")
         checkpoint = run.checkpoint(parts.device) if checkpoints(run.path / "checkpoints") else None
@@ -98,19 +142,18 @@ def resume(config: dict[str, Any], overrides: list[str]) -> int:
             )
         if was_finished and done == parts.settings.steps:
             console.note(f"{run.path}: finished at step {done}; go on with steps=N, N above that")
-            return 0
+            return
         if parts.data.facts.get("sha256") != run.facts()["data"].get("sha256"):
             raise ScoreSDEError(f"resume={run.path}: the data file has changed since the run began")
         parts, kept = settle(parts, kept, done)
         state = prepare(parts, checkpoint)  # what does not fit is refused before anything is written
-        if "steps" in map(key_of, overrides) and parts.optimizer.schedule == "cosine":
+        if "steps" in changes and parts.optimizer.schedule == "cosine":
             console.note("the cosine schedule now ends at the new number of steps")
         run.write_config(kept)
         sessions = [*run.facts()["sessions"], {"started": now(), "step": done, "command": command_line()}]
         run.update(status="running", sessions=sessions)
         console.note(f"going on with {run.path} at step {done}")
         session(run, kept, parts, tracker, state)
-    return 0
 
 
 def say(parts: Parts, overrides: list[str]) -> None:
@@ -174,23 +217,10 @@ def record_failure(run: RunDir, problem: BaseException) -> None:
 
 
 def prepare(parts: Parts, checkpoint: Any) -> TrainState:
-    state = loop.start(plan_of(parts))
+    state = loop.start(parts.plan())
     if checkpoint is not None:
         checkpoint.restore(state)
     return state
-
-
-def plan_of(parts: Parts) -> loop.Plan:
-    s = parts.settings
-
-    def resident(split: str) -> torch.Tensor:
-        return parts.data.splits[split].to(device=parts.device, dtype=parts.dtype)
-
-    return loop.Plan(
-        parts.model, parts.field, parts.sde, parts.loss, parts.optimizer, resident("train"), resident("valid"), parts.baseline,
-        s.seed, s.steps, s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
-        None if parts.data.labels is None else parts.data.labels["train"].to(parts.device), s.label_dropout,
-    )  # fmt: skip
 
 
 def gaussian_loss(parts: Parts) -> float:
@@ -222,7 +252,7 @@ def optimise(
     def save(state: TrainState) -> Path:
         return save_checkpoint(state, run.path / "checkpoints", parts.settings.checkpoint["keep"])
 
-    loop.train(plan_of(parts), state, loop.Watch(log, save, stop))
+    loop.train(parts.plan(), state, loop.Watch(log, save, stop, console.note))
     join_wandb()
 
 
@@ -241,10 +271,12 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         load_weights(model, chosen.model if chosen.average is None else chosen.average)
         console.note(f"the weights of step {step} are taken: the least validation loss (select={s.select})")
     run.update(selected=step)
+    nll = NLLKeys(**s.eval.get("nll", {}))
     console.note(f"training done in {state.seconds:.1f} s; sampling and measuring")
     found = evaluation.evaluate(
         parts, model, parts.sampler, s.eval["n"], metrics=measured(parts), seed=s.seed,
-        averaged=state.average is not None, step=step,
+        averaged=state.average is not None, step=step, flow=Flow(steps=nll.steps),
+        nll_rows=nll.rows,
     )  # fmt: skip
     summary, samples, held_out = found.summary, found.samples, found.reference
     assert samples is not None  # one of the metrics is always of samples
@@ -255,6 +287,10 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary["peak_memory_mb"] = evaluation.plain(peak, "MB", of="the process, host memory")
+    if state.choices:
+        curve = [{name: row[name] for name in ("step", "n_proj", "r")} for row in state.choices]
+        last = evaluation.plain(curve[-1]["n_proj"], "directions", step=state.step)
+        summary["n_proj"] = last | {"curve": curve}
     write_samples(run.path / "samples.npz", parts.data, [samples.x], len(samples.x), overwrite=True)
     figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline) if s.eval["figures"] else []
     run.write("summary.json", summary)

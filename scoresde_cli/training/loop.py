@@ -47,15 +47,19 @@ class Plan:
     save_every: int
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
+    chooser: Callable[["Plan", TrainState], tuple["Plan", str | None]] | None = (
+        None  # the plan of a step, and why it changed
+    )
 
 
 @dataclass
 class Watch:
-    """What the loop tells the world: a row on logging steps, the state when it is to be saved."""
+    """What the loop tells the world: a row on logging steps, the state when it is to be saved, a line now and then."""
 
     log: Callable[[dict[str, Any]], None]
     save: Callable[[TrainState], Any]
     stop: StopRequest = field(default_factory=StopRequest)
+    say: Callable[[str], None] = lambda line: None
 
 
 def start(plan: Plan) -> TrainState:
@@ -86,16 +90,22 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
     return float((values - baseline).mean())
 
 
-def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
-    """One step in place at a learning rate; the mean loss of the batch, on the device."""
-    source = generator(plan.seed, "train", state.step, device=plan.train.device)
-    torch.manual_seed(source.initial_seed())  # for what a user's network draws of the global generator (dropout)
+def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]:
+    """The field, given the batch's labels where there are any, and the batch (batch_size, *D)."""
     rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
     field = plan.field
     if plan.labels is not None:
         hidden = uniform((plan.batch_size,), source) < plan.label_dropout
         field = field.labelled(torch.where(hidden, -1, plan.labels[rows]))
-    loss = plan.loss(field, plan.sde, plan.train[rows], source).mean()
+    return field, plan.train[rows]
+
+
+def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
+    """One step in place at a learning rate; the mean loss of the batch, on the device."""
+    source = generator(plan.seed, "train", state.step, device=plan.train.device)
+    torch.manual_seed(source.initial_seed())  # for what a user's network draws of the global generator (dropout)
+    field, x0 = draw_batch(plan, source)
+    loss = plan.loss(field, plan.sde, x0, source).mean()
     loss.backward()
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
@@ -134,6 +144,10 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
     watch.stop.deferred = True
     try:
         while progress() < 1.0:
+            if plan.chooser is not None:
+                plan, why = plan.chooser(plan, state)
+                if why is not None:
+                    watch.say(why)
             rate = plan.optimizer.rate(state.step, progress())
             state.loss_sum += train_step(plan, state, rate)
             state.loss_count += 1
@@ -143,9 +157,14 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
                 value = float(state.loss_sum) / state.loss_count
                 if not math.isfinite(value):
                     raise Diverged(f"diverged: the loss is {value} at step {state.step}")
-                watch.log(
-                    {"step": state.step, "samples": state.samples, "seconds": state.seconds, "loss": value, "lr": rate}
-                )
+                row = {
+                    "step": state.step,
+                    "samples": state.samples,
+                    "seconds": state.seconds,
+                    "loss": value,
+                    "lr": rate,
+                }
+                watch.log(row | ({"n_proj": state.choices[-1]["n_proj"]} if state.choices else {}))
                 state.loss_sum.zero_()
                 state.loss_count = 0
             if watch.stop.signum is not None:

@@ -33,6 +33,7 @@ class TrainState:
         step: steps done. samples: training samples seen. seconds: of training, over all sessions.
         loss_sum, loss_count: the window since the last logging step; the sum stays on the device.
         valid: the validation loss at the last checkpoint. best: the least so far; best_step: the step of its checkpoint.
+        choices: of n_proj=auto, oldest first: step, n_proj, r, and the estimates behind it (directions.py).
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class TrainState:
     valid: float = float("inf")
     best: float = float("inf")
     best_step: int = -1
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
     def evaluated(self) -> nn.Module:
         """The weights that are sampled and measured: the average where there is one."""
@@ -106,6 +108,7 @@ def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
     facts = {
         "format": FORMAT,
         **{name: getattr(state, name) for name in COUNTERS},
+        **({"choices": state.choices} if state.choices else {}),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
     contents["checkpoint.json"] = json.dumps(facts, indent=1).encode()
@@ -167,6 +170,10 @@ class Checkpoint:
             for name in COUNTERS:
                 if isinstance(facts[name], bool) or not isinstance(facts[name], int | float):
                     raise Unreadable(f"checkpoint {folder}: {name} is {facts[name]!r}, expected a number")
+            if not all(is_choice(row) for row in facts.get("choices", [])):
+                raise Unreadable(
+                    f"checkpoint {folder}: choices is not a list of numbers of directions and their reasons"
+                )
             tensors = {
                 name: load_file(folder / f"{name}.safetensors", device=str(device))
                 for name in ("model", "ema")
@@ -200,6 +207,7 @@ class Checkpoint:
         state.loss_sum = self.optimizer["loss_sum"].to(state.loss_sum.device)
         for name in COUNTERS:
             setattr(state, name, self.facts[name])
+        state.choices = list(self.facts.get("choices", []))
 
     def check_moments(self, state: TrainState) -> None:
         """Refuse an optimiser's state that is not this network's: the fused kernels would read past its end."""
@@ -220,6 +228,14 @@ class Checkpoint:
             fits = False
         if not fits:
             raise Unreadable("the checkpoint does not fit the run's network: optimizer.pt is another one's")
+
+
+def is_choice(row: Any) -> bool:
+    """Whether a row of `choices` is one: whole numbers, a ratio, and two lists of numbers."""
+    numbers = [row["r"], *row["data"], *row["projection"]]
+    return all(type(row[name]) is int and row[name] >= 0 for name in ("step", "n_proj")) and all(
+        type(value) in (int, float) for value in numbers
+    )
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -222,7 +222,7 @@ def composed(*overrides: str):
 
 def loop_area(options) -> list[Row]:
     """The default run: `steps` steps with all that the command does around them, and the same steps bare."""
-    from scoresde_cli.commands.train import optimise, plan_of
+    from scoresde_cli.commands.train import optimise
     from scoresde_cli.rundir import RunDir
     from scoresde_cli.tracking import console
     from scoresde_cli.tracking.jsonl import JsonLines
@@ -234,7 +234,7 @@ def loop_area(options) -> list[Row]:
     for loss in ("ssm_vr", "ssm"):
         overrides = [f"loss={loss}", f"steps={steps}", f"checkpoint.every={steps}", "device=cpu", "compile=false"]
         parts, config = composed(*overrides)
-        bare = replace(plan_of(parts), ema=None)
+        bare = replace(parts.plan(), ema=None)
         state = loop.start(bare)
 
         def bare_steps(bare=bare, state=state) -> None:
@@ -254,7 +254,7 @@ def loop_area(options) -> list[Row]:
                 wandb = WandB(mode="offline")
                 trackers = [JsonLines(run.path / "metrics.jsonl", 0), console.Training(steps, None, 0, 0.0), wandb]
                 wandb.begin(run.path, config, None)  # once a run, not once a step
-                fresh = loop.start(plan_of(parts))
+                fresh = loop.start(parts.plan())
                 began = time.perf_counter()
                 optimise(run, config, parts, fresh, trackers, wandb, StopRequest())
                 times["scoresde train"].append((time.perf_counter() - began) / steps)
