@@ -4,27 +4,28 @@ import contextlib
 import importlib
 import itertools
 import os
-import re
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
 from scoresde_cli import __version__
-from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
+from scoresde_cli.configs import quoted
+from scoresde_cli.errors import ScoreSDEError, Stopped, in_words, nearest, one_line
 
 # name: (what it does, whether it is a Hydra command with conf/NAME.yaml)
 COMMANDS: dict[str, tuple[str, bool]] = {
     "train": ("train a score model, sample from it, measure both and draw the figures", True),
     "sample": ("draw samples from a run, in the data's own units and column names", True),
     "evaluate": ("measure runs again, one or several: likelihood, score error, distances, each against chance", True),
+    "ablate": ("answer a question by a grid of runs: tables with intervals, figures, a report", True),
+    "report": ("tables, figures and a report of a study, a sweep, or any runs", True),
     "verify": ("show the identity L_ISM = E L_SSM as numbers, for a network, a dimension and a law", True),
     "rerun": ("train a run's config again in a new directory and compare the numbers", True),
     "list": ("the options of a group, or of all; `list runs` shows the runs below this folder", False),
     "doctor": ("check this installation and this machine", False),
 }
-NO_MEMORY = "out of memory: a smaller batch_size, n, network or data set needs less"
-PATH_KEYS = ("run", "resume", "dir", "out", "data.path")
+PATH_KEYS = ("run", "resume", "dir", "dirs", "out", "data.path")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,29 +35,15 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # other libraries' remarks are not the user's; ours are lines of our own
     try:
         return dispatch(arguments)
-    except ScoreSDEError as problem:
-        return fail(str(problem), problem.exit_code)
-    except Stopped as stop:
-        return fail(str(stop), stop.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as problem:
-        where = f"{problem.filename}: " if problem.filename else ""
-        return fail(f"{where}{problem.strerror or one_line(problem)}", 2)
-    except MemoryError:
-        return fail(NO_MEMORY, 2)
-    except RuntimeError as problem:
-        if "alloc" in str(problem).lower() or "out of memory" in str(problem).lower():
-            return fail(NO_MEMORY, 2)
-        return unexpected(problem)
-    except Exception as problem:
-        return unexpected(problem)
+    except (Exception, Stopped, KeyboardInterrupt) as problem:
+        found = in_words(problem)
+        return fail(*found) if found else unexpected(problem)
 
 
-def unexpected(problem: Exception) -> int:
+def unexpected(problem: BaseException) -> int:
     """What is left is a bug of ours: say so in a line, keep the traceback."""
     return fail(f"internal error: {type(problem).__name__}: {one_line(problem)[:300]}{keep_traceback()}", 1)
 
@@ -123,10 +110,14 @@ def unknown_command(name: str) -> ScoreSDEError:
 
 
 def positional(name: str, rest: list[str]) -> list[str]:
-    """`scoresde rerun DIR` means `run=DIR`, for the commands that read a run; `evaluate` takes several."""
-    if name not in ("sample", "evaluate", "rerun"):
+    """`scoresde rerun DIR` means `run=DIR`, for the commands that read a run; `evaluate` and `report` take several."""
+    if name not in ("sample", "evaluate", "rerun", "report"):
         return rest
-    folders = list(itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), rest))
+    folders = list(
+        itertools.takewhile(lambda word: ("=" not in word and not word.startswith("-")) or Path(word).is_dir(), rest)
+    )
+    if folders and name == "report":
+        return [f"dirs=[{','.join(map(quoted, folders))}]", *rest[len(folders) :]]
     if len(folders) > 1 and name == "evaluate":
         return [f"run=[{','.join(map(quoted, folders))}]", *rest[len(folders) :]]
     return [f"run={rest[0]}", *rest[1:]] if folders else rest
@@ -137,15 +128,8 @@ def quote(argument: str, sweep: bool = False) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in PATH_KEYS or not value or value[0] in "'\"" or value == "null":
         return argument
-    if key == "run" and value[0] == "[" and value[-1] == "]" and not Path(value).exists():
+    if key in ("run", "dirs") and value[0] == "[" and value[-1] == "]" and not Path(value).exists():
         return argument  # a list of runs
     if all(c.isascii() and (c.isalnum() or c in "/._-") for c in value) or (sweep and "," in value):
         return argument
     return f"{key}={quoted(value)}"
-
-
-def quoted(value: str) -> str:
-    """In Hydra's quotes. A backslash is itself there, unless a quote follows; an interpolation is one even there."""
-    escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value).replace("${", "\\${")
-    tail = len(escaped) - len(escaped.rstrip("\\"))
-    return f"'{escaped}{escaped[len(escaped) - tail :]}'"

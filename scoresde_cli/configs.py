@@ -1,10 +1,11 @@
 """Where conf/ is and what stands in it, read as text: help, completion and `list` use this and need nothing heavy."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("train", "sample", "evaluate", "verify", "rerun")
+COMMANDS = ("train", "sample", "evaluate", "ablate", "report", "verify", "rerun")
 
 
 @cache
@@ -30,14 +31,22 @@ def describe(path: Path) -> str:
 
 
 def groups(command: str = "train") -> dict[str, str | None]:
-    """The groups that a command composes, with their default options."""
+    """The groups that a command composes, with their default options; those of a command that it builds on among them."""
     found: dict[str, str | None] = {}
     for entry in load(conf_dir() / f"{command}.yaml").get("defaults", []):
         if isinstance(entry, dict):
             [(group, option)] = entry.items()
-            if not group.startswith("override"):
-                found[group] = option
+            if not group.startswith("override hydra/"):
+                found[group.removeprefix("override ")] = option
+    for parent in parents(command):
+        found = groups(parent) | found
     return found
+
+
+def parents(command: str) -> list[str]:
+    """The commands whose config this one's builds on."""
+    entries = load(conf_dir() / f"{command}.yaml").get("defaults", [])
+    return [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
 
 
 def options(group: str) -> list[str]:
@@ -70,6 +79,8 @@ def keys(command: str) -> list[tuple[str, Any, str]]:
 def dotted_keys(command: str) -> list[str]:
     """Every key that a command line may set: groups, top-level keys, and the keys of the groups' options."""
     found = {name for name, _, _ in keys(command)} | {name.split(".")[0] for name, _, _ in keys(command)}
+    for parent in parents(command):
+        found |= set(dotted_keys(parent))
     for group in groups(command):
         found.add(group)
         for option in options(group):
@@ -86,3 +97,10 @@ def shipped_targets() -> frozenset[str]:
     for path in conf_dir().glob("*/*.yaml"):
         found.add(load(path).get("_target_", ""))
     return frozenset(found - {""})
+
+
+def quoted(value: str) -> str:
+    """In Hydra's quotes. A backslash is itself there, unless a quote follows; an interpolation is one even there."""
+    escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value).replace("${", "\\${")
+    tail = len(escaped) - len(escaped.rstrip("\\"))
+    return f"'{escaped}{escaped[len(escaped) - tail :]}'"

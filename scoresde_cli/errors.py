@@ -33,6 +33,29 @@ class Stopped(BaseException):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[str, int]]:
+        return Stopped, (str(self), self.exit_code)  # from a worker process to its parent
+
+
+NO_MEMORY = "out of memory: a smaller batch_size, n, network or data set needs less"
+
+
+def in_words(problem: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code of a problem that a user can do something about; None for what is a bug of ours."""
+    if isinstance(problem, ScoreSDEError | Stopped):
+        return str(problem), problem.exit_code
+    if isinstance(problem, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(problem, OSError):
+        where = f"{problem.filename}: " if problem.filename else ""
+        return f"{where}{problem.strerror or one_line(problem)}", 2
+    text = str(problem).lower()
+    if isinstance(problem, MemoryError) or (
+        isinstance(problem, RuntimeError) and ("alloc" in text or "out of memory" in text)
+    ):
+        return NO_MEMORY, 2
+    return None
+
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, or an empty string."""

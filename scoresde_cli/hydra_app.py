@@ -4,11 +4,13 @@ import importlib
 import os
 import re
 import sys
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from scoresde_cli import configs
-from scoresde_cli.errors import ScoreSDEError, nearest, one_line
+from scoresde_cli.errors import ScoreSDEError, Stopped, nearest, one_line
 
 # Hydra's flags that make sense here, and what a value behind each may be.
 FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -24,21 +26,106 @@ def run(name: str, module: str, arguments: list[str]) -> int:
     flags, overrides = sort_arguments(name, arguments)
     check_overrides(name, overrides)
     overrides = keys_alone(name, overrides)
+    sweep = bool({"-m", "--multirun"} & set(flags))
     fixed = [o for o in overrides if o.startswith("out=") and "," not in o]
-    if fixed and {"-m", "--multirun"} & set(flags):
+    if fixed and sweep:
         raise ScoreSDEError(
             f"{fixed[0]}: every job of a sweep would write this file; without out= each writes one of its own"
         )
+    if sweep and name == "train":
+        return run_sweep(name, module, flags, overrides, arguments)
+    return run_app(name, module, flags, overrides, arguments)
+
+
+def run_sweep(name: str, module: str, flags: list[str], overrides: list[str], arguments: list[str]) -> int:
+    """`train -m`: every value checked before the first job; a directory of its own; the failures at the end."""
+    from scoresde_cli import sweeps
+    from scoresde_cli.training.stop import stop_requests
+
+    varying, fixed = split_sweep(name, overrides)
+    check_values(name, flags, varying, fixed)
+    chosen = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("hydra.sweep.dir=")), None)
+    folder = Path(chosen.strip("'\"")) if chosen else Path(sweeps.sweep_folder(fixed, list(varying)))
+    keys = ",".join(re.split("=", o.lstrip("+~"), maxsplit=1)[0] for o in fixed if not o.startswith("hydra"))
+    own = [f"hydra.sweep.dir={configs.quoted(str(folder))}", f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"]
+    began = time.time() - 1.0  # the clock of the file system may be coarser
+    with stop_requests():
+        try:
+            code = run_app(name, module, flags, [*overrides, *own], arguments)
+        except Stopped as stop:
+            raise Stopped(f"{stop}; the same command goes on with the sweep in {folder}", stop.exit_code) from None
+    sweeps.conclude(folder, began)
+    return code
+
+
+def split_sweep(name: str, overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """({varying key: its values}, the other overrides). Raises ScoreSDEError where one is not readable.
+
+    The values of a continuous search space, which a sweeper such as Optuna draws from, are left empty.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    varying: dict[str, list[str]] = {}
+    fixed = []
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException as problem:
+            raise translate(problem, name, overrides) from problem
+        if not parsed.is_sweep_override():
+            fixed.append(override)
+        elif parsed.is_discrete_sweep():
+            varying[parsed.get_key_element()] = list(parsed.sweep_string_iterator())
+        else:
+            varying[parsed.get_key_element()] = []
+    return varying, fixed
+
+
+def check_values(name: str, flags: list[str], varying: dict[str, list[str]], fixed: list[str]) -> None:
+    """Compose and check the first job, and each other value of each key beside the first of the others."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from scoresde_cli.compose import check
+
+    first = {key: values[0] for key, values in varying.items() if values}
+    picks = [first] + [{**first, key: value} for key, values in varying.items() for value in values[1:]]
+    search = [flags[i + 1] for i, flag in enumerate(flags) if flag in ("--config-dir", "-cd")]
+    own = (
+        [f"hydra.searchpath=[{','.join(configs.quoted(f'file://{Path(d).resolve()}') for d in search)}]"]
+        if search
+        else []
+    )
+    plain = [o for o in fixed if not o.startswith("hydra")]
+    with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
+        for pick in picks:
+            overrides = [*plain, *(f"{key}={value}" for key, value in pick.items())]
+            try:
+                config = compose(name, [*overrides, *own])
+                check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+            except ScoreSDEError:
+                raise
+            except Exception as problem:
+                raise translate(problem, name, overrides) from problem
+
+
+def run_app(name: str, module: str, flags: list[str], overrides: list[str], arguments: list[str]) -> int:
+    """Hydra's own main on `task(config)` of the module, and its errors in our words."""
     import hydra
 
     failures: list[Exception] = []
+    process = os.getpid()
 
-    def task(config: Any) -> None:
+    def task(config: Any) -> Any:
         """One job. A failure is kept, since Hydra would print it its own way; a sweep goes on with the next job."""
         try:
-            importlib.import_module(module).task(config)
+            return importlib.import_module(module).task(config)
         except Exception as problem:
-            failures.append(problem)
+            if os.getpid() != process:  # a worker of a parallel launcher, which hands it to its parent
+                raise
+            foreign = type(problem).__module__.startswith("hydra")  # of configs that the task composed itself
+            failures.append(translate(problem, name, overrides) if foreign else problem)
 
     old_argv, old_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [old_argv[0], *flags, *overrides]
@@ -54,6 +141,8 @@ def run(name: str, module: str, arguments: list[str]) -> int:
         if not type(problem).__module__.startswith("hydra"):
             raise
         raise translate(problem, name, overrides) from problem
+    except ScoreSDEError:
+        raise
     except Exception as problem:  # the task's own are kept in `failures`: what comes here is about the command line
         raise translate(problem, name, overrides) from problem
     finally:

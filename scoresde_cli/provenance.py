@@ -44,23 +44,32 @@ def command_line() -> list[str]:
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
+# Top-level keys that do not decide what a run learns: where it runs, and what is recorded of it.
+ASIDE = (
+    "dir", "resume", "trust", "tracker", "log_every", "checkpoint", "device", "eval", "threads", "compile", "divergence",
+    "objective",
+)  # fmt: skip
+
+
+def digest(value: Any) -> str:
+    """Eight hex digits of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits of the science in a config and its seed: what decides the numbers that come out."""
-    aside = (
-        "dir",
-        "resume",
-        "trust",
-        "tracker",
-        "log_every",
-        "checkpoint",
-        "device",
-        "eval",
-        "threads",
-        "compile",
-        "divergence",
-    )
-    science = {name: value for name, value in config.items() if name not in aside}
-    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:8]
+    return digest({name: value for name, value in config.items() if name not in ASIDE})
+
+
+def difference(before: Any, after: Any, where: str = "") -> str | None:
+    """The first place where two plain configs differ, as `key: BEFORE against AFTER`; None where they are equal."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in [*before, *(n for n in after if n not in before)]:
+            found = difference(before.get(name), after.get(name), f"{where}.{name}" if where else str(name))
+            if found:
+                return found
+        return None
+    return None if before == after else f"{where}: {before} against {after}"
 
 
 def jsonable(value: Any) -> Any:

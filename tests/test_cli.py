@@ -112,6 +112,11 @@ WRONG = [
     wrong("train", "n_proj=1.5", says="integer"),
     wrong("train", "n_proj=true", says="integer"),
     wrong("train", "n_proj=four", says="integer"),
+    wrong("train", "n_proj=auto", "loss=dsm", says="auto is for loss=ssm and ssm_vr"),
+    wrong("train", "n_proj=auto", "projection=hutchpp", says="expected a number, or a law that knows nothing of it"),
+    wrong("train", "n_proj=auto", "loss.n_proj=3", says="say one of them"),
+    wrong("train", "loss=fd_ssm", "projection=xtrace", says="the law looks at the Jacobian"),
+    wrong("train", "divergence.tangent_cost=0", says="divergence.tangent_cost=0"),
     wrong("train", "steps=-1", says="steps=-1"),
     wrong("train", "steps=abc", says="integer"),
     wrong("train", "steps=null", says="steps"),
@@ -293,14 +298,6 @@ def test_paths_with_spaces_commas_and_brackets_are_taken_as_they_are(tmp_path, c
     assert code == 0, err
     assert cli("sample", f"{tmp_path}/my run, 1", "n=3", "out=x y.csv")[0] == 0
     assert (tmp_path / "x y.csv").exists()
-
-
-def test_a_sweep_makes_a_directory_for_each_job_and_outlives_a_failed_one(tmp_path, cli):
-    code, _, err = cli("train", "-m", "loss=dsm,ssm", "network.activation=relu", *SMALL, *NO_FIGURES)
-    assert code == 2
-    assert "piecewise linear" in err.splitlines()[-1]
-    runs = list(tmp_path.glob("multirun/*/*/*/run.json"))
-    assert [r.parent.name for r in runs] == ["0"]
 
 
 def test_a_sweep_takes_neither_one_directory_nor_one_run(tmp_path, cli):
