@@ -30,8 +30,20 @@ EXAMPLES = {
         ("scoresde evaluate run=DIR sampler=heun_ode sampler.steps=10", "with another sampler"),
         ("scoresde evaluate run=DIR average=false", "of the last weights instead of the averaged ones"),
     ],
+    "ablate": [
+        ("scoresde ablate study=estimator", "bias, variance and cost of a step by law and n_proj: how many, which law"),
+        ("scoresde ablate study=n_proj size=full", "runs over n_proj x loss x seeds, over night; the same command goes on"),
+        ("scoresde ablate study=projection data=table data.path=wine.csv", "laws of directions on your own data"),
+        ("scoresde ablate study=loss study.losses=[ssm_vr,dsm] study.seeds=10", "another grid"),
+        ("scoresde ablate study=loss size=smoke hydra/launcher=basic", "one job after the other"),
+    ],
+    "report": [
+        ("scoresde report studies/DIR", "the report of a study, as far as it has come"),
+        ("scoresde report multirun/DIR", "the runs of a sweep, with intervals over seeds"),
+        ("scoresde report A B C out=compared", "any runs beside each other"),
+    ],
     "verify": [
-        ("scoresde verify", "all six laws at d = 8"),
+        ("scoresde verify", "every law at d = 8"),
         ("scoresde verify d=16 projection=orthogonal n_proj=4", "one law"),
         ("scoresde verify network=resmlp network.activation=tanh", "another network"),
         ("scoresde verify projection=rademacher projection._target_=mylaws.Law", "your own law, from ./mylaws.py"),

@@ -95,6 +95,13 @@ class WandB(Tracker):
             images = {f"figures/{path.stem}": self.wandb.Image(str(path)) for path in figures}
             self._try("the summary", lambda: (run.summary.update(flat), run.log(images)))
 
+    def page(self, file: Path) -> None:
+        """A report, as HTML."""
+        run = self.run
+        if run is not None:
+            html = file.read_text(encoding="utf-8")
+            self._try("the report", lambda: run.log({"report": self.wandb.Html(html)}))
+
     def finish(self, exit_code: int) -> None:
         run, self.run = self.run, None
         if run is None:

@@ -1,0 +1,142 @@
+"""`scoresde ablate`: the grid of a study as jobs of `train`, by any launcher, and its report."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from scoresde_cli import sweeps
+from scoresde_cli.checks import check_call
+from scoresde_cli.commands import report, train
+from scoresde_cli.compose import build, check
+from scoresde_cli.configs import quoted
+from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.provenance import ASIDE, command_line, difference, digest, git_state, now, versions
+from scoresde_cli.studies.base import Job, Size, Study
+from scoresde_cli.tracking import console
+from scoresde_cli.tracking.wandb import has_credentials
+
+OWN = ("study", "size", "run", "dir")  # keys of the command, and not of the jobs
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of `ablate` itself; the others are those of `train`."""
+
+    size: Size
+    run: str | None
+    dir: str | None
+
+
+@dataclass(frozen=True)
+class Perform:
+    """One job of a study, in whatever process the launcher puts it."""
+
+    node: dict[str, Any]
+    size: str
+    run: str | None
+    total: int
+
+    def __call__(self, config: DictConfig) -> float:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra = HydraConfig.get()
+        launcher = str(hydra.runtime.choices["hydra/launcher"])
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        folder, plain["dir"] = Path(plain["dir"]), None
+        study: Study = build(self.node, "study", size=self.size, run=self.run)
+        if study.trains:
+            return train.job(plain, list(hydra.overrides.task), folder, launcher, self.total)
+        with sweeps.worker(folder, launcher, self.total), sweeps.outcome(folder):
+            study.measure(plain, folder)
+        return 0.0
+
+
+def task(config: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        raise ScoreSDEError("ablate -m: a study is a sweep already; leave out -m")
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    node, size, run, place = (plain.pop(key) for key in OWN)
+    plain["dir"] = None
+    check_call(Keys, {"size": size, "run": run, "dir": place}, "")
+    if plain["resume"] is not None:
+        raise ScoreSDEError(f"resume={plain['resume']}: a study goes on by the same command")
+    check(plain)
+    study: Study = build(node, "study", size=size, run=run)
+    if not isinstance(study, Study):
+        raise ScoreSDEError(f"study._target_={node['_target_']}: it is no subclass of scoresde_cli.studies.base.Study")
+    overrides = [o for o in hydra.overrides.task if key_of(o) not in OWN]
+    study.check(overrides, plain)
+    data = f"data={hydra.runtime.choices['data']}"  # this command's default is another than that of train
+    jobs = study.jobs(plain, [data, *overrides], lambda: math.prod(build(plain["data"], "data").shape))
+    about = {
+        "study": str(hydra.runtime.choices["study"]), "size": size, "node": node, "run": run,
+        "overrides": sorted(o for o in [data, *overrides] if key_of(o) not in set(ASIDE) - {"eval"}),
+    }  # fmt: skip
+    folder = begin(Path(place or f"studies/{about['study']}-{size}-{digest(about)}"), about, jobs)
+    launcher = str(hydra.runtime.choices["hydra/launcher"])
+    chosen = [o for o in hydra.overrides.hydra if o.startswith(("hydra.launcher", "hydra.searchpath"))]
+    quiet = [] if has_credentials() or any(key_of(o) == "tracker" for o in overrides) else ["tracker.mode=disabled"]
+    if quiet:
+        console.note(
+            "W&B has no credentials here, so the runs of the grid do without it (tracker.mode=offline keeps their logs)"
+        )
+    perform(study, jobs, Perform(node, size, run, len(jobs)), folder, [f"hydra/launcher={launcher}", *chosen], quiet)
+    report.publish(folder, build({**plain["tracker"], "group": "runs"}, "tracker"))
+    failed = sweeps.failures(folder / "runs")
+    for failure in failed:
+        console.err.print(f"scoresde: {failure.name}: {failure.line}")
+    if failed:
+        raise sweeps.JobsFailed(failed)
+
+
+def key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].split(".")[0]
+
+
+def begin(folder: Path, about: dict[str, Any], jobs: Sequence[Job]) -> Path:
+    """The study's directory with its study.json; the one that is there already if it is the same study's."""
+    try:
+        if (folder / "study.json").is_file():
+            before = report.read_study(folder)
+            found = difference({key: before.get(key) for key in about}, about)
+            if found:
+                raise ScoreSDEError(f"{folder}: holds another study ({found}); choose another directory with dir=")
+            return folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ScoreSDEError(f"dir={folder}: neither new, nor empty, nor the directory of a study")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ScoreSDEError(f"{folder}: cannot be used ({problem.strerror})") from None
+    report.write_study(folder, {
+        **about, "command": command_line(), "started": now(), "versions": versions(), "git": git_state(), "seconds": 0.0,
+        "jobs": [{"overrides": list(j.overrides), "setting": j.setting, "seed": j.seed} for j in jobs],
+    })  # fmt: skip
+    return folder
+
+
+def perform(
+    study: Study, jobs: Sequence[Job], one: Perform, folder: Path, hydra: Sequence[str], more: Sequence[str]
+) -> None:
+    """Run the jobs that are not done yet, each by its overrides and `more`, under these overrides of Hydra."""
+    runs = folder / "runs"
+    left = [job for job in jobs if not study.done(runs / job.name)]
+    console.note(f"study    {folder}: {len(jobs)} jobs, {len(jobs) - len(left)} of them done")
+    settings = {repr(job.setting): job for job in reversed(left)}
+    for job in settings.values():  # each setting once, so that a wrong one shows now and not in the night
+        check(sweeps.composed(job.overrides, hydra))
+    began = time.monotonic()
+    try:
+        if left:
+            sweeps.launch([[*j.overrides, *more, f"dir={quoted(str(runs / j.name))}"] for j in left], one, runs, hydra)
+    finally:
+        facts = report.read_study(folder)
+        report.write_study(folder, {**facts, "seconds": facts["seconds"] + time.monotonic() - began})

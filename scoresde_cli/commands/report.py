@@ -1,0 +1,179 @@
+"""`scoresde report`: tables, figures and a report of a study, a sweep, or any runs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from scoresde_cli.checks import check_call
+from scoresde_cli.compose import build
+from scoresde_cli.errors import ScoreSDEError, Unreadable
+from scoresde_cli.provenance import ASIDE, command_line, versions
+from scoresde_cli.rundir import RunDir
+from scoresde_cli.studies import report as pages
+from scoresde_cli.studies.base import METRICS, Findings, Job, Study, cell, compare
+from scoresde_cli.studies.report import Report
+from scoresde_cli.tracking import console
+from scoresde_cli.tracking.wandb import WandB
+from scoresde_cli.training.state import write_durably
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of `report`."""
+
+    dirs: str | list[str]
+    metrics: list[str] | None
+    out: str | None
+
+
+def task(config: DictConfig) -> None:
+    keys: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    tracker = build(keys.pop("tracker"), "tracker")
+    check_call(Keys, keys, "")
+    folders = [Path(d).expanduser() for d in ([keys["dirs"]] if isinstance(keys["dirs"], str) else keys["dirs"])]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ScoreSDEError(f"dirs={folder}: no such directory")
+    if not folders:
+        raise ScoreSDEError("dirs=[]: expected directories of studies, sweeps or runs")
+    if len(folders) == 1 and (folders[0] / "study.json").is_file() and keys["metrics"] is None and keys["out"] is None:
+        publish(folders[0], tracker)
+        return
+    out = Path(keys["out"]) if keys["out"] else folders[0]
+    out.mkdir(parents=True, exist_ok=True)
+    runs = find_runs(folders)
+    found = of_runs(runs, keys["metrics"] or METRICS, out / "figures")
+    show(
+        found_report(f"{len(runs)} runs", "How do these runs compare?", found, protocol(runs), 0.0, command_line()),
+        out,
+        tracker,
+    )
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """study.json of a study's directory."""
+    try:
+        found = json.loads((folder / "study.json").read_text())
+        if not isinstance(found, dict) or not isinstance(found.get("jobs"), list):
+            raise ValueError("no jobs in it")
+    except (OSError, ValueError) as problem:
+        raise Unreadable(f"{folder / 'study.json'}: not readable ({problem})") from None
+    return found
+
+
+def write_study(folder: Path, facts: Mapping[str, Any]) -> None:
+    write_durably(folder / "study.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def publish(folder: Path, tracker: WandB) -> None:
+    """The report of a study from its directory, as far as its jobs have come."""
+    facts = read_study(folder)
+    study: Study = build(facts["node"], "study", size=facts["size"], run=facts["run"])
+    jobs = [Job(tuple(j["overrides"]), j["setting"], j["seed"]) for j in facts["jobs"]]
+    found = study.findings(folder / "runs", jobs, folder / "figures")
+    runs = [RunDir(file.parent) for file in sorted((folder / "runs").glob("*/run.json"))]
+    shared = {"size": facts["size"], "jobs": str(len(jobs)), **protocol(runs)}
+    command = " ".join(facts["command"])
+    show(found_report(study.title, study.question, found, shared, facts["seconds"], [command]), folder, tracker)
+
+
+def found_report(
+    title: str, question: str, found: Findings, shared: dict[str, str], seconds: float, command: Sequence[str]
+) -> Report:
+    return Report(
+        title,
+        question,
+        found.answers,
+        found.tables,
+        found.figures,
+        shared,
+        " ".join(command),
+        versions(),
+        seconds,
+        found.notes,
+    )
+
+
+def show(made: Report, out: Path, tracker: WandB) -> None:
+    """Write it, print its answers, log it."""
+    html, markdown = pages.write(made, out)
+    for line in pages.text(made):
+        console.note(line)
+    console.note(f"report   {html}\n         {markdown}")
+    if tracker.mode == "online":
+        tracker.begin(out, {"title": made.title, "command": made.command, **made.protocol}, None)
+        tracker.summary({}, [figure.path for figure in made.figures])
+        tracker.page(html)
+        tracker.finish(0)
+
+
+def find_runs(folders: Sequence[Path]) -> list[RunDir]:
+    """All runs in these directories, each once."""
+    files = dict.fromkeys(file.resolve() for folder in folders for file in sorted(folder.rglob("run.json")))
+    if not files:
+        raise ScoreSDEError(f"no runs in {', '.join(map(str, folders))}")
+    return [RunDir.open(file.parent) for file in files]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def of_runs(runs: Sequence[RunDir], metrics: Sequence[str], out: Path) -> Findings:
+    """Runs side by side by what varies between their configs; those on other data or dimensions are not compared."""
+    configs = [flat({k: v for k, v in run.config(trust=True).items() if k not in (*ASIDE, "seed")}) for run in runs]
+    names = list(dict.fromkeys(name for config in configs for name in config))
+    varying = [name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1]
+    # The law and the number of directions stand in the loss too, by interpolation.
+    varying = [
+        name
+        for name in varying
+        if name not in ("loss.n_proj", "loss.times", "loss.t_min") and "loss.projection" not in name
+    ]
+    cells = [cell(run, setting(config, varying)) for run, config in zip(runs, configs, strict=True)]
+    return compare(cells, metrics, [name for name in cells[0].setting if name.split(".")[0] == "data"], out)
+
+
+def setting(config: Mapping[str, Any], varying: Sequence[str]) -> dict[str, Any]:
+    """What varies, a class by its short name."""
+    found = {}
+    for name in varying:
+        value = config.get(name)
+        if name.endswith("._target_"):
+            name, value = name.removesuffix("._target_"), str(value).rsplit(".", 1)[-1].lower()
+        found[name] = value
+    return found
+
+
+def protocol(runs: Sequence[RunDir]) -> dict[str, str]:
+    """What all the runs share, in words."""
+    if not runs:
+        return {}
+    configs = [flat(run.config(trust=True)) for run in runs]
+    shown = ("data", "network", "sde", "parameterisation", "optimizer", "sampler")
+    found: dict[str, str] = {}
+    for group in shown:
+        names = [name for name in configs[0] if name.startswith(f"{group}.")]
+        parts = [
+            str(configs[0][name]).rsplit(".", 1)[-1] if name.endswith("_target_") else f"{name.split('.', 1)[1]}={configs[0][name]}"
+            for name in names if len({json.dumps(config.get(name)) for config in configs}) == 1 and configs[0][name] is not None
+        ]  # fmt: skip
+        if parts:
+            found[group] = ", ".join(parts)
+    for name in ("batch_size", "steps", "max_seconds", "ema", "precision", "threads", "t_min", "times", "eval.n"):
+        if len({json.dumps(config.get(name)) for config in configs}) == 1 and configs[0].get(name) is not None:
+            found[name] = str(configs[0][name])
+    found["seeds"] = ", ".join(map(str, sorted({int(run.facts()["seed"]) for run in runs})))
+    found["machine"] = ", ".join(sorted({str(run.facts()["host"]) for run in runs}))
+    return found

@@ -1,0 +1,179 @@
+"""Every study, from its grid to its report, at the size of a smoke test; what it refuses; how it goes on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scoresde_cli import configs
+from scoresde_cli.studies.base import Job, merged
+from scoresde_cli.studies.loss import LossStudy
+from scoresde_cli.studies.n_proj import NProj
+from scoresde_cli.studies.projection import ProjectionLaw
+
+STUDIES = configs.options("study")
+HERE = ["hydra/launcher=basic", "device=cpu", "network.width=16"]
+GRIDS = {"n_proj": NProj, "projection": ProjectionLaw, "loss": LossStudy}
+
+
+def study(name: str, size: str = "full", **keys):
+    return GRIDS[name](
+        size=size, run=None, sizes=configs.load(configs.conf_dir() / "study" / f"{name}.yaml")["sizes"], **keys
+    )
+
+
+def the_study(root: Path) -> Path:
+    (folder,) = (root / "studies").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_runs_at_its_least_size_and_reports(name, tmp_path, cli):
+    code, out, err = cli("ablate", f"study={name}", "size=smoke", *HERE)
+    assert code == 0, err
+    folder = the_study(tmp_path)
+    facts = json.loads((folder / "study.json").read_text())
+    html, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert list((folder / "figures").glob("*.png"))
+    assert html.count("data:image/png;base64,") == len(list((folder / "figures").glob("*.png")))
+    assert "not finished" not in text
+    assert " ".join(facts["command"][1:]) in text
+    # Once more: nothing is left to do, and the report is the same.
+    began = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file()}
+    code, out, err = cli("ablate", f"study={name}", "size=smoke", *HERE)
+    assert code == 0, err
+    jobs = len(facts["jobs"])
+    assert f"{jobs} jobs, {jobs} of them done" in out
+    assert {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file()} == began
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_the_three_sizes(name):
+    node = configs.load(configs.conf_dir() / "study" / f"{name}.yaml")
+    assert list(node["sizes"]) == ["smoke", "quick", "full"]
+    assert len({frozenset(keys) for keys in node["sizes"].values()}) == 1
+
+
+def test_a_study_that_was_cut_or_failed_goes_on_with_what_is_missing(tmp_path, cli):
+    argv = ["ablate", "study=loss", "size=smoke", "study.losses=[ism,dsm]", "study.seeds=2", *HERE]
+    assert cli(*argv)[0] == 0
+    folder = the_study(tmp_path)
+    before = {
+        p.parent.name: json.loads(p.read_text())["score_error"] for p in folder.glob("runs/*40steps*/summary.json")
+    }
+    gone, cut = sorted(folder.glob("runs/*40steps*"))[::2]
+    shutil.rmtree(gone)
+    (cut / "summary.json").unlink()
+    facts = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps({**facts, "status": "preempted"}))
+    # In this state the report says what is missing.
+    assert cli("report", str(folder))[0] == 0
+    assert "1 of 2 finished" in (folder / "report.md").read_text()
+    code, out, err = cli(*argv)
+    assert code == 0, err
+    assert "8 jobs, 6 of them done" in out
+    after = {
+        p.parent.name: json.loads(p.read_text())["score_error"] for p in folder.glob("runs/*40steps*/summary.json")
+    }
+    assert after == before
+
+
+def test_a_study_on_ones_own_table_needs_no_other_words(tmp_path, cli):
+    path = tmp_path / "mine.csv"
+    path.write_text("x,y,z\n" + "\n".join(f"{i % 17},{i * 7 % 23}.5,{i * i % 11}" for i in range(300)))
+    argv = ["ablate", "study=loss", "size=smoke", "data=table", f"data.path={path}", "study.losses=[ssm_vr,dsm]"]
+    code, _, err = cli(*argv, "study.seeds=1", *HERE, "eval.n=20")
+    assert code == 0, err
+    report = (the_study(tmp_path) / "report.md").read_text()
+    assert "sliced_wasserstein" in report
+    assert "score_error" not in report  # the law of a table is not known
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["study=n_prj"], "did you mean 'n_proj'"),
+        (["study=n_proj", "size=large"], "size=large: expected 'smoke', 'quick' or 'full'"),
+        (["study=n_proj", "n_proj=4"], "study.n_proj"),
+        (["study=projection", "projection=sphere"], "study.laws"),
+        (["study=loss", "loss=ssm"], "study.losses"),
+        (["study=loss", "seed=3"], "study.seeds"),
+        (["study=loss", "steps=30"], "study.steps"),
+        (["study=loss", "data.d=3"], "study.dims"),
+        (["study=loss", "data=moons", "study.dims=[2]"], "leave the key out"),
+        (["study=loss", "study.losses=[ssm,smm]"], "did you mean 'ssm'"),
+        (["study=projection", "study.laws=[foo]"], "projection=foo"),
+        (["study=loss", "study.seeds=0"], "study.seeds=0: expected greater than 0"),
+        (["study=loss", "study.foo=1"], "unknown key study.foo"),
+        (["study=loss", "run=somewhere"], "study=estimator"),
+        (["study=loss", "resume=somewhere"], "the same command"),
+        (["-m", "study=loss,n_proj"], "leave out -m"),
+        (["study=loss", "network.width=0"], "network.width=0"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said_before_it_begins(tmp_path, cli, argv, says):
+    code, _, err = cli("ablate", *argv, *([] if "size=large" in argv else ["size=smoke"]), "hydra/launcher=basic")
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("studies/*/runs/*"))
+
+
+def test_a_directory_of_another_study_is_refused(tmp_path, cli):
+    argv = ["ablate", "study=loss", "size=smoke", "study.losses=[dsm]", "study.seeds=1", "dir=mine", *HERE]
+    assert cli(*argv)[0] == 0
+    code, _, err = cli(*argv, "ema=0.9")
+    assert code == 2
+    assert "holds another study" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    assert "neither new" in cli(*[a.replace("mine", "full") for a in argv])[2]
+
+
+def test_the_exact_trace_stands_in_a_grid_once():
+    """ssm_vr with n_proj >= d is ism; plain ssm draws whatever n_proj is."""
+    full = study("n_proj")
+    at_2 = full.settings(2)
+    assert [s for s in at_2 if s["loss"] == "ssm_vr"] == [
+        {"loss": "ssm_vr", "n_proj": 1},
+        {"loss": "ssm_vr", "n_proj": "auto"},
+    ]
+    assert [s["n_proj"] for s in at_2 if s["loss"] == "ssm"] == [1, 2, 4, 8, 16, 32, 64]
+    at_20 = [s["n_proj"] for s in full.settings(20) if s["loss"] == "ssm"]
+    assert at_20 == [1, 2, 4, 8, 16, 20, 32, 64]
+    assert {"loss": "ism"} in at_2
+    laws = study("projection").settings(16)
+    assert {"projection": "hutchpp", "n_proj": 1} not in laws
+    assert {"projection": "hutchpp", "n_proj": 4} in laws
+
+
+def test_seeds_stand_outermost_and_every_setting_meets_the_same_seeds_and_budgets():
+    config = {"data": {"_target_": "scoresde_cli.datasets.mixtures.GMM", "d": 2}}
+    jobs = study("loss", dims=[2, 3], seeds=2, losses=["ism", "dsm"]).jobs(config, ["batch_size=32"], lambda: 2)
+    assert [job.seed for job in jobs] == [0] * 8 + [1] * 8
+    per_seed = [{json.dumps(job.setting) for job in jobs if job.seed == seed} for seed in (0, 1)]
+    assert per_seed[0] == per_seed[1]
+    assert all("batch_size=32" in job.overrides and f"seed={job.seed}" in job.overrides for job in jobs)
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+def test_a_later_override_takes_the_place_of_an_earlier():
+    assert merged(["a=1", "b=2"], ["a=3"], ["+c=4"]) == ("a=3", "b=2", "+c=4")
+    assert Job(("a=1",), {"data.d": 2, "budget": "20 s"}, 1).name == "data.d=2,budget=20s,seed=1"
+
+
+def test_a_report_of_a_sweep_finds_what_varies(tmp_path, cli):
+    small = ["steps=40", "data.n=300", "eval.n=200", "eval.figures=false", "tracker.mode=disabled", "network.width=16"]
+    assert cli("train", "-m", "loss=ssm,dsm", "seed=0,1", *small)[0] == 0
+    (folder,) = (tmp_path / "multirun").iterdir()
+    code, out, err = cli("report", str(folder))
+    assert code == 0, err
+    text = (folder / "report.md").read_text()
+    assert "| ssm |" in text
+    assert "| dsm |" in text
+    assert "2 seeds" in out
+    code, _, err = cli("report", "nowhere")
+    assert (code, "no such directory" in err) == (2, True)
+    (tmp_path / "empty").mkdir()
+    assert "no runs in" in cli("report", "empty")[2]
