@@ -237,6 +237,8 @@ def check(config: Mapping[str, Any]) -> None:
             node = dict(config[name])
             cls = locate(node.pop("_target_", None), name)
             check_call(cls, node, name, runtime)
+        elif name == "loss":
+            build_loss(config[name], keys)
         else:
             build(config[name], name)
 

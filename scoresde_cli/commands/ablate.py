@@ -83,6 +83,8 @@ def task(config: DictConfig) -> None:
     }  # fmt: skip
     folder = begin(Path(place or f"studies/{about['study']}-{size}-{digest(about)}"), about, jobs)
     launcher = str(hydra.runtime.choices["hydra/launcher"])
+    if not study.trains and not any(o.startswith("hydra/launcher=") for o in hydra.overrides.hydra):
+        launcher = "basic"  # what measures times wants the machine for itself
     chosen = [o for o in hydra.overrides.hydra if o.startswith(("hydra.launcher", "hydra.searchpath"))]
     quiet = [] if has_credentials() or any(key_of(o) == "tracker" for o in overrides) else ["tracker.mode=disabled"]
     if quiet:

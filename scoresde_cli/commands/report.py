@@ -47,11 +47,8 @@ def task(config: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     runs = find_runs(folders)
     found = of_runs(runs, keys["metrics"] or METRICS, out / "figures")
-    show(
-        found_report(f"{len(runs)} runs", "How do these runs compare?", found, protocol(runs), 0.0, command_line()),
-        out,
-        tracker,
-    )
+    made = as_report(f"{len(runs)} runs", "How do these runs compare?", found, protocol(runs), 0.0, command_line())
+    show(made, out, tracker)
 
 
 def read_study(folder: Path) -> dict[str, Any]:
@@ -77,25 +74,17 @@ def publish(folder: Path, tracker: WandB) -> None:
     found = study.findings(folder / "runs", jobs, folder / "figures")
     runs = [RunDir(file.parent) for file in sorted((folder / "runs").glob("*/run.json"))]
     shared = {"size": facts["size"], "jobs": str(len(jobs)), **protocol(runs)}
-    command = " ".join(facts["command"])
-    show(found_report(study.title, study.question, found, shared, facts["seconds"], [command]), folder, tracker)
+    made = as_report(study.title, study.question, found, shared, facts["seconds"], facts["command"])
+    show(made, folder, tracker)
 
 
-def found_report(
+def as_report(
     title: str, question: str, found: Findings, shared: dict[str, str], seconds: float, command: Sequence[str]
 ) -> Report:
     return Report(
-        title,
-        question,
-        found.answers,
-        found.tables,
-        found.figures,
-        shared,
-        " ".join(command),
-        versions(),
-        seconds,
-        found.notes,
-    )
+        title, question, found.answers, found.tables, found.figures, shared, " ".join(command), versions(), seconds, found.notes,
+        found.how_to_read,
+    )  # fmt: skip
 
 
 def show(made: Report, out: Path, tracker: WandB) -> None:

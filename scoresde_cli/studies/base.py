@@ -7,7 +7,7 @@ place of what the size says. Each job is a config of `train`: the study trains i
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.studies import analysis, charts
 from scoresde_cli.studies.analysis import Cell
-from scoresde_cli.studies.report import Figure, Table
+from scoresde_cli.studies.report import HOW_TO_READ, Figure, Table
 from scoresde_cli.sweeps import failures, slug
 
 Size = Literal["smoke", "quick", "full"]
@@ -50,6 +50,7 @@ class Findings:
     tables: list[Table]
     figures: list[Figure]
     notes: list[str]
+    how_to_read: dict[str, str] = field(default_factory=lambda: dict(HOW_TO_READ))
 
 
 @dataclass(kw_only=True)
