@@ -9,22 +9,17 @@ r = r_1 / n where the directions are independent,
 All settings share their batches; the interval of a ratio of two works (`gradients.ratio`) counts in the residuals of the lines.
 """
 
-import copy
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy import stats
 
-from scoresde_cli.losses.base import Loss
-from scoresde_cli.rng import generator
 from scoresde_cli.studies.closed_forms import Setting
 from scoresde_cli.studies.gradients import Gradients, ratio
 from scoresde_cli.studies.statistics import LEVEL, Estimate
-from scoresde_cli.training import loop
+from scoresde_cli.training import variance
 from scoresde_cli.training.loop import Plan
 
 
@@ -64,26 +59,6 @@ class Line:
         return Estimate(self.c, se, self.c - half, self.c + half, df + 2)
 
 
-def step_seconds(plan: Plan, losses: Sequence[Loss], turns: int) -> list[float]:
-    """The least seconds of a whole training step with each loss, on one copy of the weights, which the steps leave as they are.
-
-    Each turn takes them in another order, so that no two share their disturbances, after a turn that warms up.
-    """
-    model, field = copy.deepcopy((plan.model, plan.field))  # they share their weights, and so do the copies
-    trial = replace(plan, model=model, field=field)
-    state = loop.start(trial)
-    least = [math.inf] * len(losses)
-    for turn in range(turns + 1):
-        for i in torch.randperm(len(losses), generator=generator(plan.seed, "turns", turn)).tolist():
-            began = time.perf_counter()
-            loop.train_step(replace(trial, loss=losses[i]), state, 0.0)
-            if plan.train.device.type != "cpu":
-                torch.accelerator.synchronize()
-            if turn > 0:
-                least[i] = min(least[i], time.perf_counter() - began)
-    return least
-
-
 @dataclass(frozen=True)
 class Costs:
     """Of each setting the seconds of a step, what the line of its law says of them, and the variance of its logarithm.
@@ -100,7 +75,7 @@ class Costs:
 
     @classmethod
     def measure(cls, plan: Plan, chosen: Sequence[Setting], turns: int) -> "Costs":
-        return cls.of(chosen, step_seconds(plan, [setting.value for setting in chosen], turns))
+        return cls.of(chosen, variance.step_seconds(plan, [setting.value for setting in chosen], turns))
 
     @classmethod
     def of(cls, chosen: Sequence[Setting], seconds: list[float]) -> "Costs":

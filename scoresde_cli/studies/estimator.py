@@ -117,10 +117,10 @@ class Estimator(Study):
 
 HOW_TO_READ = {
     "data part, projection part": "Of the variance of the gradient of a batch's mean loss, the trace of its covariance over all "
-    "weights: what the batch, its times and its noise bring, and what the random directions bring (law of total variance).",
-    "r": "Projection part over data part. n independent directions of a law bring 1/n of what one brings.",
-    "cost times variance": "Seconds of a whole training step times the variance of its gradient: over a fixed time the noise of what "
-    "is learnt goes with it. As a multiple of the least.",
+    "weights: what the batch, its times and its noise bring, and what the directions bring (law of total variance).",
+    "r": "Projection part over data part. n independent directions bring 1/n of what one brings.",
+    "cost times variance": "Seconds of a whole training step times the variance of its gradient: over a fixed time the noise of "
+    "what is learnt goes with it. As a multiple of the least.",
     "intervals": "95 percent, over batches; those of a comparison of several settings hold at once (Bonferroni).",
     "closed form": "The variance of v^T A v by the law's formula, from the Jacobians of the rows that were measured.",
 }

@@ -33,15 +33,10 @@ from scoresde_cli.training.state import TrainState
 
 MOST = 64  # directions that are considered, and dimensions up to which the exact trace is
 BETTER = 0.02  # what a change has to gain
-DEAR = (
-    16.0  # times the cost of a step without tangents: more is never worth it for the exact trace, and it is not tried
-)
+DEAR = 16.0  # times the cost of a step without tangents: the exact trace is never worth more, and not tried
 TRIAL = 5.0  # seconds for a measurement of costs
-FIRST, SELDOM, PART = (
-    100,
-    400,
-    8,
-)  # steps to the second estimate, and between later ones: PART of the budget, at least SELDOM
+FIRST = 100  # steps to the second estimate
+SELDOM, PART = 400, 8  # steps between later ones: so great a part of the budget, at least SELDOM
 FEWEST, MANY = 4, 16  # batches of an estimate
 
 
@@ -97,7 +92,7 @@ def cost_of_a_tangent(plan: Plan, loss: SSM, d: int) -> tuple[float, float]:
 def fastest(plan: Plan, losses: Sequence[Loss]) -> list[float]:
     """The least seconds of a training step with each loss, in as many turns as fit TRIAL seconds, 3 to 30."""
     once = sum(variance.step_seconds(plan, losses, 1))
-    return variance.step_seconds(plan, losses, max(3, min(30, int(TRIAL / once))), of=min)
+    return variance.step_seconds(plan, losses, max(3, min(30, int(TRIAL / once))))
 
 
 def pooled(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

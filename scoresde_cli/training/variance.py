@@ -19,9 +19,9 @@ as a part of the rest of the step. Over a fixed time the variance of what the st
 """
 
 import copy
-import statistics
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,22 +142,22 @@ def work(r: float, c: float, counts: Sequence[int], shares: Sequence[float]) -> 
     return [(1.0 + c * n) * (1.0 + max(r, 0.0) * share) for n, share in zip(counts, shares, strict=True)]
 
 
-def step_seconds(
-    plan: Plan, losses: Sequence[Loss], repeats: int = 9, of: Callable[[list[float]], float] = statistics.median
-) -> list[float]:
-    """The median seconds (or `of` them) of a whole training step with each loss, taken in turns on copies of the weights."""
-    trials = []
-    for loss in losses:
-        model, field = copy.deepcopy((plan.model, plan.field))  # they share their weights, and so do the copies
-        trial = replace(plan, model=model, field=field, loss=loss)
-        trials.append((trial, loop.start(trial)))
-    times: list[list[float]] = [[] for _ in losses]
-    for turn in range(repeats + 2):
-        for (trial, state), column in zip(trials, times, strict=True):
+def step_seconds(plan: Plan, losses: Sequence[Loss], turns: int) -> list[float]:
+    """The least seconds of a whole training step with each loss, on one copy of the weights, which the steps leave as they are.
+
+    On a busy machine others only add to them. Each turn takes the losses in another order, so that no two share their
+    disturbances, after a turn that warms up.
+    """
+    model, field = copy.deepcopy((plan.model, plan.field))  # they share their weights, and so do the copies
+    trial = replace(plan, model=model, field=field)
+    state = loop.start(trial)
+    least = [math.inf] * len(losses)
+    for turn in range(turns + 1):
+        for i in torch.randperm(len(losses), generator=generator(plan.seed, "turns", turn)).tolist():
             began = time.perf_counter()
-            loop.train_step(trial, state, 0.0)
+            loop.train_step(replace(trial, loss=losses[i]), state, 0.0)
             if plan.train.device.type != "cpu":
                 torch.accelerator.synchronize()
-            if turn > 1:  # the first ones warm up
-                column.append(time.perf_counter() - began)
-    return [of(column) for column in times]
+            if turn > 0:
+                least[i] = min(least[i], time.perf_counter() - began)
+    return least

@@ -56,7 +56,7 @@ def work(folder: Path, d: int, chosen: int) -> dict[int, float]:
         losses = [ISM() if n >= d else SSMVR(Rademacher(), n) for n in counts]
         data = float(variance.split(plan, ISM(), 24, "work").data.mean())
         parts_of = [float(variance.split(plan, one, 24, "work").projection.mean()) for one in losses]
-        seconds = variance.step_seconds(plan, losses, 30, of=min)
+        seconds = variance.step_seconds(plan, losses, 30)
         found = {n: s * (data + p) for n, s, p in zip(counts, seconds, parts_of, strict=True)}
         best = min(found[n] for n in numbers(d))
         file.write_text(json.dumps({n: value / best for n, value in found.items()}))
