@@ -45,7 +45,7 @@ def complete(line: str) -> list[str] | tuple[str, str]:
         return [name for name in COMMANDS if name.startswith(typed[0] if typed else "")]
     command = typed[0]
     if command == "list":
-        return [g for g in [*configs.groups(), "runs"] if g.startswith(typed[-1])]
+        return [g for g in [*configs.groups("ablate"), "runs"] if g.startswith(typed[-1])]
     if command not in COMMANDS or not COMMANDS[command][1]:
         return []
     return command, " ".join([words[0], *typed[1:]])

@@ -120,6 +120,16 @@ def test_what_is_wrong_with_a_study_is_said_before_it_begins(tmp_path, cli, argv
     assert not list(tmp_path.glob("studies/*/runs/*"))
 
 
+def test_the_estimator_takes_a_trained_run_as_it_is(trained, tmp_path, cli):
+    code, out, err = cli("ablate", f"run={trained}", "size=smoke")
+    assert code == 0, err
+    (result,) = the_study(tmp_path).glob("runs/*/estimates.json")
+    found = json.loads(result.read_text())
+    assert (found["d"], found["fit_steps"], found["data"]) == (2, 0, "eightgaussians")
+    code, _, err = cli("ablate", f"run={trained}", "size=smoke", "data=moons")
+    assert (code, "leave out data=moons" in err) == (2, True)
+
+
 def test_a_directory_of_another_study_is_refused(tmp_path, cli):
     argv = ["ablate", "study=loss", "size=smoke", "study.losses=[dsm]", "study.seeds=1", "dir=mine", *HERE]
     assert cli(*argv)[0] == 0

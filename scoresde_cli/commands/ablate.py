@@ -18,7 +18,6 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.provenance import ASIDE, command_line, difference, digest, git_state, now, versions
 from scoresde_cli.studies.base import Job, Size, Study
 from scoresde_cli.tracking import console
-from scoresde_cli.tracking.wandb import has_credentials
 
 OWN = ("study", "size", "run", "dir")  # keys of the command, and not of the jobs
 
@@ -48,6 +47,7 @@ class Perform:
         launcher = str(hydra.runtime.choices["hydra/launcher"])
         plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         folder, plain["dir"] = Path(plain["dir"]), None
+        plain["tracker"]["group"] = plain["tracker"]["group"] or folder.parent.parent.name
         study: Study = build(self.node, "study", size=self.size, run=self.run)
         if study.trains:
             return train.job(plain, list(hydra.overrides.task), folder, launcher, self.total)
@@ -86,13 +86,21 @@ def task(config: DictConfig) -> None:
     if not study.trains and not any(o.startswith("hydra/launcher=") for o in hydra.overrides.hydra):
         launcher = "basic"  # what measures times wants the machine for itself
     chosen = [o for o in hydra.overrides.hydra if o.startswith(("hydra.launcher", "hydra.searchpath"))]
-    quiet = [] if has_credentials() or any(key_of(o) == "tracker" for o in overrides) else ["tracker.mode=disabled"]
-    if quiet:
+    mode = report.tracker_mode(plain["tracker"], hydra.overrides.task)
+    if mode == "disabled" != plain["tracker"]["mode"]:
         console.note(
             "W&B has no credentials here, so the runs of the grid do without it (tracker.mode=offline keeps their logs)"
         )
-    perform(study, jobs, Perform(node, size, run, len(jobs)), folder, [f"hydra/launcher={launcher}", *chosen], quiet)
-    report.publish(folder, build({**plain["tracker"], "group": "runs"}, "tracker"))
+    perform(
+        study,
+        jobs,
+        Perform(node, size, run, len(jobs)),
+        folder,
+        [f"hydra/launcher={launcher}", *chosen],
+        [f"tracker.mode={mode}"],
+    )
+    group = plain["tracker"]["group"] or folder.name
+    report.publish(folder, build({**plain["tracker"], "mode": mode, "group": group}, "tracker"))
     failed = sweeps.failures(folder / "runs")
     for failure in failed:
         console.err.print(f"scoresde: {failure.name}: {failure.line}")

@@ -7,7 +7,8 @@ from scoresde_cli.errors import ScoreSDEError, nearest
 def main(arguments: list[str]) -> int:
     if len(arguments) > 1:
         raise ScoreSDEError(f"list {' '.join(arguments)}: expected one group, or `runs`")
-    names = list(configs.groups())
+    defaults = configs.groups("ablate") | configs.groups()
+    names = list(defaults)
     if not arguments:
         for group in names:
             print(f"{group}: {', '.join(configs.options(group))}")
@@ -21,12 +22,14 @@ def main(arguments: list[str]) -> int:
         raise ScoreSDEError(
             f"list {arguments[0]}: expected one of {', '.join([*names, 'runs'])}{nearest(arguments[0], [*names, 'runs'])}"
         )
-    group, default = arguments[0], configs.groups()[arguments[0]]
+    group, default = arguments[0], defaults[arguments[0]]
     for option in configs.options(group):
         path = configs.conf_dir() / group / f"{option}.yaml"
         print(f"{group}={option}{' (default)' if option == default else ''}\n    {configs.describe(path)}")
         values = [
-            f"{group}.{k}={'null' if v is None else v}" for k, v in configs.load(path).items() if not k.startswith("_")
+            f"{group}.{k}={'null' if v is None else v}"
+            for k, v in configs.load(path).items()
+            if not k.startswith("_") and not isinstance(v, dict)
         ]
         own = [v for v in values if "${" not in v]
         if own:

@@ -17,7 +17,7 @@ from scoresde_cli.studies import report as pages
 from scoresde_cli.studies.base import METRICS, Findings, Job, Study, cell, compare
 from scoresde_cli.studies.report import Report
 from scoresde_cli.tracking import console
-from scoresde_cli.tracking.wandb import WandB
+from scoresde_cli.tracking.wandb import WandB, has_credentials
 from scoresde_cli.training.state import write_durably
 
 
@@ -31,8 +31,11 @@ class Keys:
 
 
 def task(config: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     keys: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    tracker = build(keys.pop("tracker"), "tracker")
+    node = keys.pop("tracker")
+    tracker = build({**node, "mode": tracker_mode(node, HydraConfig.get().overrides.task)}, "tracker")
     check_call(Keys, keys, "")
     folders = [Path(d).expanduser() for d in ([keys["dirs"]] if isinstance(keys["dirs"], str) else keys["dirs"])]
     for folder in folders:
@@ -49,6 +52,12 @@ def task(config: DictConfig) -> None:
     found = of_runs(runs, keys["metrics"] or METRICS, out / "figures")
     made = as_report(f"{len(runs)} runs", "How do these runs compare?", found, protocol(runs), 0.0, command_line())
     show(made, out, tracker)
+
+
+def tracker_mode(node: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """How a grid and its report go to W&B: as asked; where nothing was asked and there are no credentials, not at all."""
+    asked = any(o.startswith("tracker") for o in overrides)
+    return str(node["mode"]) if asked or has_credentials() else "disabled"
 
 
 def read_study(folder: Path) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def show(made: Report, out: Path, tracker: WandB) -> None:
     for line in pages.text(made):
         console.note(line)
     console.note(f"report   {html}\n         {markdown}")
-    if tracker.mode == "online":
+    if tracker.mode != "disabled":
         tracker.begin(out, {"title": made.title, "command": made.command, **made.protocol}, None)
         tracker.summary({}, [figure.path for figure in made.figures])
         tracker.page(html)

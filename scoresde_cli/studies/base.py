@@ -144,8 +144,10 @@ class GridStudy(Study):
     """Runs of `train` over settings x seeds, at equal steps and at equal wall time.
 
     Args:
-        steps: the first budget. seconds: the second, of training, whatever the steps.
+        budgets: at equal steps, at equal time of training, or both. steps, seconds: how much of each.
     """
+
+    budgets: list[Literal["steps", "seconds"]] | None = None
 
     steps: PositiveInt | None = None
     seconds: float | None = None
@@ -160,13 +162,14 @@ class GridStudy(Study):
         """The setting as tables and figures show it."""
         return setting
 
-    def budgets(self) -> list[tuple[str, list[str]]]:
+    def limits(self) -> list[tuple[str, list[str]]]:
         """(its name, its overrides) for each budget."""
         steps, seconds = self.of_size("steps"), self.of_size("seconds")
-        return [
-            (f"{steps} steps", [f"steps={steps}", "max_seconds=null"]),
-            (f"{seconds:g} s", ["steps=10000000", f"max_seconds={seconds}"]),
-        ]
+        known = {
+            "steps": (f"{steps} steps", [f"steps={steps}", "max_seconds=null"]),
+            "seconds": (f"{seconds:g} s", ["steps=10000000", f"max_seconds={seconds}"]),
+        }
+        return [known[budget] for budget in self.budgets or known]
 
     def jobs(self, config: Mapping[str, Any], overrides: Sequence[str], own: Callable[[], int]) -> list[Job]:
         found = []
@@ -176,7 +179,7 @@ class GridStudy(Study):
         ):  # outermost, so that a busy hour of the machine meets all settings alike
             for where, d in dims:
                 for setting in self.settings(d):
-                    for name, budget in self.budgets():
+                    for name, budget in self.limits():
                         varied = [f"{key}={value}" for key, value in {**where, **setting}.items()]
                         every = merged(self.common(config), overrides, varied, budget, [f"seed={seed}"])
                         found.append(Job(every, {**where, "budget": name, **self.shown(setting)}, seed))

@@ -23,6 +23,9 @@ from scoresde_cli.training import variance
 from scoresde_cli.training.loop import Plan
 
 
+UNKNOWN = 0.15  # what two timings of one step differ by on a busy machine
+
+
 @dataclass(frozen=True)
 class Line:
     """Seconds of a step a(1 + c n), by least squares of relative errors.
@@ -63,7 +66,8 @@ class Line:
 class Costs:
     """Of each setting the seconds of a step, what the line of its law says of them, and the variance of its logarithm.
 
-    A law with fewer than three counts has no line: the seconds stand, with the residual variance s2 of the others.
+    A law with fewer than three counts has no line: the seconds stand, with the residual variance s2 of the others, and where no law
+    has one, with that of relative errors of UNKNOWN.
     """
 
     seconds: list[float]
@@ -88,7 +92,7 @@ class Costs:
             if len(group) > 2
         }
         df = sum(line.df for line in lines.values())
-        s2 = sum(line.squares for line in lines.values()) / df if df else 0.0
+        s2 = sum(line.squares for line in lines.values()) / df if df else UNKNOWN**2
         found = [lines.get(setting.group) for setting in chosen]
         cost = [s if line is None else line.seconds(x.n) for s, line, x in zip(seconds, found, chosen, strict=True)]
         noise = [s2 if line is None else line.noise(x.n, s2) for line, x in zip(found, chosen, strict=True)]

@@ -50,12 +50,16 @@ class Estimator(Study):
     varies: ClassVar[tuple[str, ...]] = ("n_proj",)
     trains: ClassVar[bool] = False
 
+    def check(self, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
+        super().check(overrides, config)
+        mine = [o for o in overrides if not o.startswith("tracker")]
+        if self.run is not None and (mine or self.dims is not None):
+            raise ScoreSDEError(
+                f"run={self.run}: its own data and network are measured; leave out {(*mine, 'study.dims')[0]}"
+            )
+
     def jobs(self, config: Mapping[str, Any], overrides: Sequence[str], own: Callable[[], int]) -> list[Job]:
         if self.run is not None:
-            if self.dims is not None or any(not o.startswith("data=") for o in overrides):
-                raise ScoreSDEError(
-                    f"run={self.run}: the run's own data and network are measured; leave out {overrides[-1]}"
-                )
             RunDir.open(self.run)
             return [Job((), {"run": str(self.run)}, 0)]
         return [

@@ -36,7 +36,7 @@ def table(folder: Path) -> str:
 
 def run(folder: Path, launcher: str) -> float:
     began = time.perf_counter()
-    subprocess.run(command(folder, launcher), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(folder, launcher), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
