@@ -221,7 +221,7 @@ def compare(
     panels = [analysis.analyse(name, group, metrics) for name, group in groups.items()]
     answers, tables, notes = [], [], []
     for panel in panels:
-        answers += analysis.answers(panel) + conclude(panel)
+        answers += conclude(panel) + analysis.answers(panel)
         tables += analysis.tables(panel)
         notes += analysis.left_out(panel)
     return Findings(answers, tables, draw(panels, list(groups.values()), out), notes)

@@ -46,26 +46,32 @@ class NProj(GridStudy):
         return {"loss": f"{setting['loss']} auto"} if setting.get("n_proj") == "auto" else setting
 
     def conclude(self, panel: analysis.Panel) -> list[str]:
-        """The least number of directions that is not told apart from the best of its loss."""
+        """How many are enough, and how `auto` does, by the first number that was measured."""
+        measured = panel.measured[0] if panel.measured else None
+        comparison = None if measured is None else measured.comparison
+        if measured is None or comparison is None:
+            return []
+        rows = [row for row in measured.rows if row.against is not None and row.estimate is not None]
         found = []
-        for measured in panel.measured[:1]:
-            comparison = measured.comparison
-            if comparison is None:
-                continue
-            for loss in ("ssm_vr", "ssm"):
-                rows = [
-                    r
-                    for r in measured.rows
-                    if r.setting.get("loss") == loss and isinstance(r.setting.get("n_proj"), int)
-                ]
-                rows = [r for r in rows if r.against is not None]
-                if len(rows) < 2:
-                    continue
-                best = min(rows, key=lambda r: r.estimate.value)  # type: ignore[union-attr]
-                enough = next(r for r in sorted(rows, key=lambda r: r.setting["n_proj"])
-                              if r is best or not comparison.against(r.label, best.label).apart)  # fmt: skip
+        for loss in ("ssm_vr", "ssm"):
+            counted = [row for row in rows if row.setting.get("loss") == loss and "n_proj" in row.setting]
+            if len(counted) > 1:
+                counted.sort(key=lambda row: row.setting["n_proj"])
+                best = min(counted, key=lambda row: comparison.means[row.label])
+                enough = next(
+                    row for row in counted if row is best or not comparison.against(row.label, best.label).apart
+                )
                 found.append(
                     f"{panel.title}: with {loss}, n_proj={enough.setting['n_proj']} is enough by {measured.metric}: no number on "
-                    "the grid is told apart as better"
+                    f"the grid is told apart as better (the least is that of n_proj={best.setting['n_proj']})"
                 )
+        fixed = [row for row in rows if row.setting.get("loss") in ("ssm_vr", "ism")]
+        auto = next((row for row in rows if row.setting.get("loss") == "ssm_vr auto"), None)
+        if auto is not None and fixed and not panel.title.endswith("steps"):  # it is made for the time
+            best = min(fixed, key=lambda row: comparison.means[row.label])
+            against = analysis.gap(comparison.against(auto.label, best.label))
+            how = "ratio" if comparison.log else "difference"
+            found.append(
+                f"{panel.title}: n_proj=auto against the best fixed number, {best.label}: {how} {against} in {measured.metric}"
+            )
         return found
