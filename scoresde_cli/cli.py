@@ -97,8 +97,9 @@ def dispatch(arguments: list[str]) -> int:
     module = f"scoresde_cli.commands.{name}"
     if not COMMANDS[name][1]:
         return importlib.import_module(module).main(rest)
-    from scoresde_cli import hydra_app
+    from scoresde_cli import hydra_app, provenance
 
+    provenance.remember_command(arguments)
     return hydra_app.run(
         name, module, [quote(a, sweep="-m" in rest or "--multirun" in rest) for a in positional(name, rest)]
     )

@@ -74,6 +74,7 @@ class DivergenceKeys:
     chunk: PositiveInt | Literal["auto"] | None
     tangent_cost: PositiveFloat | Literal["auto"] = "auto"
     exact_cost: PositiveFloat | Literal["auto"] = "auto"
+    cost_seconds: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True)

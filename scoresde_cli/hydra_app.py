@@ -32,6 +32,10 @@ def run(name: str, module: str, arguments: list[str]) -> int:
         raise ScoreSDEError(
             f"{fixed[0]}: every job of a sweep would write this file; without out= each writes one of its own"
         )
+    if sweep and name in ("ablate", "report"):
+        raise ScoreSDEError(
+            f"{name} -m: {'a study is a sweep already' if name == 'ablate' else 'one report at a time'}; leave out -m"
+        )
     if sweep and name == "train":
         return run_sweep(name, module, flags, overrides, arguments)
     return run_app(name, module, flags, overrides, arguments)
@@ -45,11 +49,13 @@ def run_sweep(name: str, module: str, flags: list[str], overrides: list[str], ar
     varying, fixed = split_sweep(name, overrides)
     check_values(name, flags, varying, fixed)
     chosen = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("hydra.sweep.dir=")), None)
+    if chosen and "${" in chosen:
+        raise ScoreSDEError(f"hydra.sweep.dir={chosen}: expected a plain path, so that the same command finds it again")
     folder = Path(chosen.strip("'\"")) if chosen else Path(sweeps.sweep_folder(fixed, list(varying)))
     keys = ",".join(re.split("=", o.lstrip("+~"), maxsplit=1)[0] for o in fixed if not o.startswith("hydra"))
     own = [f"hydra.sweep.dir={configs.quoted(str(folder))}", f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"]
     began = time.time() - 1.0  # the clock of the file system may be coarser
-    with stop_requests():
+    with stop_requests(), sweeps.workers():
         try:
             code = run_app(name, module, flags, [*overrides, *own], arguments)
         except Stopped as stop:

@@ -101,8 +101,9 @@ def command(name: str) -> str:
         keys = configs.keys(name)
         width = max(len(f"{key}={shown(value)}") for key, value, _ in keys) + 2
         parts.append("keys:\n" + "\n".join(f"  {f'{key}={shown(value)}':<{width}} {what}" for key, value, what in keys))
-        for parent in configs.parents(name):
-            parts.append(f"the keys of {parent} are those of the jobs: `scoresde {parent} --help` shows them")
+        parts += [
+            f"the keys of {p} are those of the jobs: `scoresde {p} --help` shows them" for p in configs.parents(name)
+        ]
         lines = []
         for group, default in configs.groups(name).items():
             options = [f"{o}*" if o == default else o for o in configs.options(group)]

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,9 +41,17 @@ def git_state() -> dict[str, Any] | None:
 
 
 def command_line() -> list[str]:
-    """The command line as typed."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The command line as typed, in worker processes too."""
+    typed = os.environ.get(TYPED)
+    return json.loads(typed) if typed else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
+
+def remember_command(arguments: Sequence[str]) -> None:
+    """Keep the command line: Hydra sets another one, and a worker process has one of its own."""
+    os.environ[TYPED] = json.dumps(["scoresde", *arguments])
+
+
+TYPED = "SCORESDE_COMMAND"  # in the environment: the command line
 
 # Top-level keys that do not decide what a run learns: where it runs, and what is recorded of it.
 ASIDE = (

@@ -27,6 +27,7 @@ from scoresde_cli.tracking import console
 from scoresde_cli.training.state import write_durably
 
 LONGEST = 100  # characters of a name
+PARENT = "SCORESDE_PARENT"  # in the environment of workers: the process that started them
 PATIENCE = 15.0  # seconds for the processes of a sweep that was killed to let go of their runs
 
 
@@ -62,7 +63,8 @@ def worker(folder: Path, launcher: str, total: int | None = None) -> Iterator[No
     if launcher == "basic":
         yield
         return
-    follow_parent()
+    if launcher == "joblib":
+        follow_parent()
     began = time.monotonic()
     log = folder.parent / "logs" / f"{folder.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,9 @@ def failures(folder: Path, since: float = 0.0) -> list[Failure]:
     """The jobs in a sweep's directory that failed at or after a time (of the files)."""
     found = []
     for file in sorted(folder.glob("*.failed.json")):
-        if file.stat().st_mtime >= since:
+        written, summary = file.stat().st_mtime, folder / file.name.removesuffix(".failed.json") / "summary.json"
+        overtaken = summary.is_file() and summary.stat().st_mtime > written  # another process has done it meanwhile
+        if written >= since and not overtaken:
             entry = json.loads(file.read_text())
             found.append(Failure(file.name.removesuffix(".failed.json"), entry["line"], entry["code"]))
     return found
@@ -110,21 +114,27 @@ class JobsFailed(ScoreSDEError):
 
 def conclude(folder: Path, since: float = 0.0) -> None:
     """Say what the jobs of a sweep came to. Raises JobsFailed where any of them failed, after a line for each."""
-    count = Counter(RunDir(file.parent).status() for file in folder.glob("*/run.json"))
+    files = [file for file in folder.glob("*/run.json") if not file.parent.name.startswith(".")]
+    count = Counter(RunDir(file.parent).status() for file in files)
     if count:
         console.note(f"sweep    {folder}: {', '.join(f'{n} {status}' for status, n in count.most_common())}")
+    raise_failures(folder, since)
+    if count:
+        console.note(f"next     scoresde report {folder}")
+
+
+def raise_failures(folder: Path, since: float = 0.0) -> None:
+    """JobsFailed where any job failed, after a line for each."""
     found = failures(folder, since)
     for failure in found:
         console.err.print(f"scoresde: {failure.name}: {failure.line}")
     if found:
         raise JobsFailed(found)
-    if count:
-        console.note(f"next     scoresde report {folder}")
 
 
 def check_same(run: RunDir, config: Mapping[str, Any]) -> None:
     """Refuse to take a run for a job that it is not: same science, same seed, same measurements."""
-    aside = set(ASIDE) - {"eval"}
+    aside = set(ASIDE) - {"eval", "checkpoint"} - ({"threads"} if config["threads"] else set())
     before, after = ({k: v for k, v in c.items() if k not in aside} for c in (run.config(trust=True), config))
     found = difference(before, after)
     if found:
@@ -144,7 +154,7 @@ def follow_parent() -> None:
     """In a worker process: ask it to stop, as SIGTERM does, when the process that started it is no more."""
     if any(thread.name == "follow-parent" for thread in threading.enumerate()):
         return
-    parent = os.getppid()
+    parent = int(os.environ.get(PARENT, os.getppid()))  # as it was before this process began
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -186,4 +196,21 @@ def launch(
     config = loader.load_configuration("train", overrides, run_mode=RunMode.MULTIRUN)
     context = HydraContext(config_loader=loader, callbacks=Callbacks())
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-    launcher.launch(jobs, initial_job_idx=0)
+    with workers():
+        launcher.launch(jobs, initial_job_idx=0)
+
+
+@contextmanager
+def workers() -> Iterator[None]:
+    """Processes that are started in here know whom to follow; one that is killed from outside becomes a line."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+    except Exception as problem:
+        if type(problem).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool"):
+            raise
+        raise ScoreSDEError(
+            "a worker was killed from outside (out of memory?); the same command goes on with the rest"
+        ) from None
+    finally:
+        os.environ.pop(PARENT, None)

@@ -130,8 +130,10 @@ def pick_costs(parts: Parts) -> dict[str, float]:
     names = ("tangent_cost", "exact_cost")
     if not isinstance(loss, SSM) or not loss.automatic or all(known.get(name, "auto") != "auto" for name in names):
         return {}
+    began = time.perf_counter()
     measured = directions.cost_of_a_tangent(parts.plan(), loss, parts.d)
-    return {name: cost for name, cost in zip(names, measured, strict=True) if known.get(name, "auto") == "auto"}
+    found = {name: cost for name, cost in zip(names, measured, strict=True) if known.get(name, "auto") == "auto"}
+    return found | {"cost_seconds": round(time.perf_counter() - began, 3)}
 
 
 def pick_field(parts: Parts, plain: ScoreModel, done: int) -> FieldModel:

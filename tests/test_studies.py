@@ -106,6 +106,9 @@ def test_a_study_on_ones_own_table_needs_no_other_words(tmp_path, cli):
         (["study=projection", "study.laws=[foo]"], "projection=foo"),
         (["study=loss", "study.seeds=0"], "study.seeds=0: expected greater than 0"),
         (["study=loss", "study.foo=1"], "unknown key study.foo"),
+        (["study=loss", "study.losses=[dsm,dsm]"], "each once"),
+        (["study=loss", "study.dims=[]"], "at least one"),
+        (["study=projection", "loss=dsm"], "draws no directions"),
         (["study=loss", "run=somewhere"], "study=estimator"),
         (["study=loss", "resume=somewhere"], "the same command"),
         (["-m", "study=loss,n_proj"], "leave out -m"),
@@ -117,17 +120,63 @@ def test_what_is_wrong_with_a_study_is_said_before_it_begins(tmp_path, cli, argv
     assert code == 2
     assert says in err
     assert len(err.strip().splitlines()) == 1
-    assert not list(tmp_path.glob("studies/*/runs/*"))
+    assert not list(tmp_path.glob("studies/*"))
 
 
 def test_the_estimator_takes_a_trained_run_as_it_is(trained, tmp_path, cli):
-    code, out, err = cli("ablate", f"run={trained}", "size=smoke")
+    code, _, err = cli("ablate", f"run={trained}", "size=smoke")
     assert code == 0, err
     (result,) = the_study(tmp_path).glob("runs/*/estimates.json")
     found = json.loads(result.read_text())
     assert (found["d"], found["fit_steps"], found["data"]) == (2, 0, "eightgaussians")
     code, _, err = cli("ablate", f"run={trained}", "size=smoke", "data=moons")
     assert (code, "leave out data=moons" in err) == (2, True)
+
+
+def test_the_report_of_a_stranger_runs_nothing(tmp_path, cli):
+    sizes = {"smoke": {"_target_": "subprocess.Popen", "args": ["touch", "owned"]}}
+    facts = {"size": "smoke", "run": None, "command": ["x"], "seconds": 0.0, "jobs": []}
+    for node in ({"_target_": "scoresde_cli.studies.loss.LossStudy", "sizes": sizes}, {"_target_": "os.system", "sizes": {}},
+                 {"_target_": "scoresde_cli.studies.loss.LossStudy", "sizes": sizes["smoke"]}):  # fmt: skip
+        (tmp_path / "theirs").mkdir(exist_ok=True)
+        (tmp_path / "theirs/study.json").write_text(json.dumps({**facts, "node": node}))
+        code, _, err = cli("report", "theirs")
+        assert code == 2
+        assert "_target_" in err
+        assert not (tmp_path / "owned").exists()
+    for damaged in ("{}", "[1]", "{", json.dumps({**facts, "node": 3}), json.dumps({**facts, "node": {}, "jobs": [1]})):
+        (tmp_path / "theirs/study.json").write_text(damaged)
+        code, _, err = cli("report", "theirs")
+        assert (code, len(err.strip().splitlines())) == (4, 1)
+
+
+def test_a_run_that_is_not_the_jobs_own_is_not_taken_for_it(tmp_path, cli):
+    argv = [
+        "ablate",
+        "study=loss",
+        "size=smoke",
+        "study.losses=[dsm,ism]",
+        "study.seeds=1",
+        "study.budgets=[steps]",
+        *HERE,
+    ]
+    assert cli(*argv)[0] == 0
+    runs = the_study(tmp_path) / "runs"
+    mine, other = (runs / f"data.d=2,budget=40steps,loss={loss},seed=0" for loss in ("dsm", "ism"))
+    shutil.rmtree(mine)
+    shutil.copytree(other, mine)
+    code, _, err = cli(*argv)
+    assert code == 2
+    assert "made from another config (loss._target_" in err
+
+
+def test_a_report_holds_auto_beside_numbers(tmp_path, cli):
+    small = ["steps=40", "data.n=300", "eval.n=200", "eval.figures=false", "tracker.mode=disabled", "network.width=16"]
+    assert cli("train", "-m", "n_proj=1,3,auto", "seed=0,1", "data=gmm", "data.d=4", *small)[0] == 0
+    (folder,) = (tmp_path / "multirun").iterdir()
+    code, _, err = cli("report", str(folder))
+    assert code == 0, err
+    assert "directions=auto" in (folder / "report.md").read_text() or "| auto |" in (folder / "report.md").read_text()
 
 
 def test_a_directory_of_another_study_is_refused(tmp_path, cli):
@@ -144,22 +193,22 @@ def test_a_directory_of_another_study_is_refused(tmp_path, cli):
 def test_the_exact_trace_stands_in_a_grid_once():
     """ssm_vr with n_proj >= d is ism; plain ssm draws whatever n_proj is."""
     full = study("n_proj")
-    at_2 = full.settings(2)
+    at_2 = full.settings(2, "SSMVR")
     assert [s for s in at_2 if s["loss"] == "ssm_vr"] == [
         {"loss": "ssm_vr", "n_proj": 1},
         {"loss": "ssm_vr", "n_proj": "auto"},
     ]
     assert [s["n_proj"] for s in at_2 if s["loss"] == "ssm"] == [1, 2, 4, 8, 16, 32, 64]
-    at_20 = [s["n_proj"] for s in full.settings(20) if s["loss"] == "ssm"]
+    at_20 = [s["n_proj"] for s in full.settings(20, "SSMVR") if s["loss"] == "ssm"]
     assert at_20 == [1, 2, 4, 8, 16, 20, 32, 64]
     assert {"loss": "ism"} in at_2
-    laws = study("projection").settings(16)
+    laws = study("projection").settings(16, "SSMVR")
     assert {"projection": "hutchpp", "n_proj": 1} not in laws
     assert {"projection": "hutchpp", "n_proj": 4} in laws
 
 
 def test_seeds_stand_outermost_and_every_setting_meets_the_same_seeds_and_budgets():
-    config = {"data": {"_target_": "scoresde_cli.datasets.mixtures.GMM", "d": 2}}
+    config = {"data": {"_target_": "scoresde_cli.datasets.mixtures.GMM", "d": 2}, "loss": {"_target_": "x.SSMVR"}}
     jobs = study("loss", dims=[2, 3], seeds=2, losses=["ism", "dsm"]).jobs(config, ["batch_size=32"], lambda: 2)
     assert [job.seed for job in jobs] == [0] * 8 + [1] * 8
     per_seed = [{json.dumps(job.setting) for job in jobs if job.seed == seed} for seed in (0, 1)]

@@ -14,10 +14,12 @@ from scoresde_cli.checks import check_call
 from scoresde_cli.commands import report, train
 from scoresde_cli.compose import build, check
 from scoresde_cli.configs import quoted
-from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.provenance import ASIDE, command_line, difference, digest, git_state, now, versions
+from scoresde_cli.errors import ScoreSDEError, Stopped, in_words
+from scoresde_cli.provenance import command_line, difference, digest, git_state, now, versions
+from scoresde_cli.rundir import RunDir
 from scoresde_cli.studies.base import Job, Size, Study
 from scoresde_cli.tracking import console
+from scoresde_cli.training.stop import stop_requests
 
 OWN = ("study", "size", "run", "dir")  # keys of the command, and not of the jobs
 
@@ -75,13 +77,15 @@ def task(config: DictConfig) -> None:
         raise ScoreSDEError(f"study._target_={node['_target_']}: it is no subclass of scoresde_cli.studies.base.Study")
     overrides = [o for o in hydra.overrides.task if key_of(o) not in OWN]
     study.check(overrides, plain)
+    if plain["threads"] is None:  # as many for all jobs, whatever launches them
+        overrides.append("threads=1")
     data = f"data={hydra.runtime.choices['data']}"  # this command's default is another than that of train
     jobs = study.jobs(plain, [data, *overrides], lambda: math.prod(build(plain["data"], "data").shape))
     about = {
-        "study": str(hydra.runtime.choices["study"]), "size": size, "node": node, "run": run,
-        "overrides": sorted(o for o in [data, *overrides] if key_of(o) not in set(ASIDE) - {"eval"}),
+        "study": str(hydra.runtime.choices["study"]), "size": size, "run": run,
+        "node": {**node, "sizes": {size: node["sizes"][size]}},
+        "overrides": sorted(o for o in [data, *overrides] if key_of(o) not in ("tracker", "log_every", "trust", "objective")),
     }  # fmt: skip
-    folder = begin(Path(place or f"studies/{about['study']}-{size}-{digest(about)}"), about, jobs)
     launcher = str(hydra.runtime.choices["hydra/launcher"])
     if not study.trains and not any(o.startswith("hydra/launcher=") for o in hydra.overrides.hydra):
         launcher = "basic"  # what measures times wants the machine for itself
@@ -91,21 +95,15 @@ def task(config: DictConfig) -> None:
         console.note(
             "W&B has no credentials here, so the runs of the grid do without it (tracker.mode=offline keeps their logs)"
         )
-    perform(
-        study,
-        jobs,
-        Perform(node, size, run, len(jobs)),
-        folder,
-        [f"hydra/launcher={launcher}", *chosen],
-        [f"tracker.mode={mode}"],
-    )
+    known = checked(jobs, chosen)
+    folder = begin(Path(place or f"studies/{about['study']}-{size}-{digest(about)}"), about, jobs)
+    left = [job for job in jobs if not done(study, job, folder / "runs" / job.name, known)]
+    console.note(f"study    {folder}: {len(jobs)} jobs, {len(jobs) - len(left)} of them done")
+    one = Perform(node, size, run, len(jobs))
+    perform(left, one, folder, [f"hydra/launcher={launcher}", *chosen], [f"tracker.mode={mode}"])
     group = plain["tracker"]["group"] or folder.name
-    report.publish(folder, build({**plain["tracker"], "mode": mode, "group": group}, "tracker"))
-    failed = sweeps.failures(folder / "runs")
-    for failure in failed:
-        console.err.print(f"scoresde: {failure.name}: {failure.line}")
-    if failed:
-        raise sweeps.JobsFailed(failed)
+    report.publish(folder, build({**plain["tracker"], "mode": mode, "group": group}, "tracker"), study)
+    sweeps.raise_failures(folder / "runs")
 
 
 def key_of(override: str) -> str:
@@ -133,20 +131,35 @@ def begin(folder: Path, about: dict[str, Any], jobs: Sequence[Job]) -> Path:
     return folder
 
 
-def perform(
-    study: Study, jobs: Sequence[Job], one: Perform, folder: Path, hydra: Sequence[str], more: Sequence[str]
-) -> None:
-    """Run the jobs that are not done yet, each by its overrides and `more`, under these overrides of Hydra."""
-    runs = folder / "runs"
-    left = [job for job in jobs if not study.done(runs / job.name)]
-    console.note(f"study    {folder}: {len(jobs)} jobs, {len(jobs) - len(left)} of them done")
-    settings = {repr(job.setting): job for job in reversed(left)}
-    for job in settings.values():  # each setting once, so that a wrong one shows now and not in the night
-        check(sweeps.composed(job.overrides, hydra))
+def checked(jobs: Sequence[Job], hydra: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The config of each setting's first job, each checked, so that a wrong one shows now and not in the night."""
+    found: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        if repr(job.setting) not in found:
+            found[repr(job.setting)] = sweeps.composed(job.overrides, hydra)
+            check(found[repr(job.setting)])
+    return found
+
+
+def done(study: Study, job: Job, folder: Path, known: dict[str, dict[str, Any]]) -> bool:
+    """Whether a job is done. Raises ScoreSDEError where what lies there was made from another config."""
+    if study.done(folder) and study.trains:
+        sweeps.check_same(RunDir.open(folder), {**known[repr(job.setting)], "seed": job.seed})
+    return study.done(folder)
+
+
+def perform(jobs: Sequence[Job], one: Perform, folder: Path, hydra: Sequence[str], more: Sequence[str]) -> None:
+    """Run jobs, each by its overrides and `more`, under these overrides of Hydra."""
+    if not jobs:
+        return
     began = time.monotonic()
-    try:
-        if left:
-            sweeps.launch([[*j.overrides, *more, f"dir={quoted(str(runs / j.name))}"] for j in left], one, runs, hydra)
-    finally:
-        facts = report.read_study(folder)
-        report.write_study(folder, {**facts, "seconds": facts["seconds"] + time.monotonic() - began})
+    lists = [[*job.overrides, *more, f"dir={quoted(str(folder / 'runs' / job.name))}"] for job in jobs]
+    with stop_requests():
+        try:
+            sweeps.launch(lists, one, folder / "runs", hydra)
+        except (Stopped, KeyboardInterrupt) as stop:
+            words, code = in_words(stop) or ("", 130)
+            raise Stopped(f"{words}; the same command goes on with the study in {folder}", code) from None
+        finally:
+            facts = report.read_study(folder)
+            report.write_study(folder, {**facts, "seconds": facts["seconds"] + time.monotonic() - began})

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from scoresde_cli.checks import check_call
 from scoresde_cli.compose import build
-from scoresde_cli.errors import ScoreSDEError, Unreadable
+from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest
 from scoresde_cli.provenance import ASIDE, command_line, versions
-from scoresde_cli.rundir import RunDir
+from scoresde_cli.rundir import RunDir, refuse_foreign
 from scoresde_cli.studies import report as pages
 from scoresde_cli.studies.base import METRICS, Findings, Job, Study, cell, compare
 from scoresde_cli.studies.report import Report
@@ -27,6 +27,7 @@ class Keys:
 
     dirs: str | list[str]
     metrics: list[str] | None
+    trust: bool
     out: str | None
 
 
@@ -40,15 +41,25 @@ def task(config: DictConfig) -> None:
     folders = [Path(d).expanduser() for d in ([keys["dirs"]] if isinstance(keys["dirs"], str) else keys["dirs"])]
     for folder in folders:
         if not folder.is_dir():
-            raise ScoreSDEError(f"dirs={folder}: no such directory")
+            raise ScoreSDEError(
+                f"dirs={folder}: {'a file, expected a directory' if folder.is_file() else 'no such directory'}"
+            )
     if not folders:
         raise ScoreSDEError("dirs=[]: expected directories of studies, sweeps or runs")
-    if len(folders) == 1 and (folders[0] / "study.json").is_file() and keys["metrics"] is None and keys["out"] is None:
-        publish(folders[0], tracker)
-        return
     out = Path(keys["out"]) if keys["out"] else folders[0]
     out.mkdir(parents=True, exist_ok=True)
+    if len(folders) == 1 and (folders[0] / "study.json").is_file():
+        publish(folders[0], tracker, None, out, keys["metrics"], keys["trust"])
+        return
     runs = find_runs(folders)
+    for run in runs:
+        run.config(keys["trust"])
+    known = dict.fromkeys(name for run in runs for name in run.summary())
+    for name in keys["metrics"] or []:
+        if name not in known:
+            raise ScoreSDEError(
+                f"metrics={name}: no run has measured it; expected of {', '.join(known)}{nearest(name, known)}"
+            )
     found = of_runs(runs, keys["metrics"] or METRICS, out / "figures")
     made = as_report(f"{len(runs)} runs", "How do these runs compare?", found, protocol(runs), 0.0, command_line())
     show(made, out, tracker)
@@ -64,9 +75,14 @@ def read_study(folder: Path) -> dict[str, Any]:
     """study.json of a study's directory."""
     try:
         found = json.loads((folder / "study.json").read_text())
-        if not isinstance(found, dict) or not isinstance(found.get("jobs"), list):
-            raise ValueError("no jobs in it")
-    except (OSError, ValueError) as problem:
+        kinds = {"node": dict, "size": str, "run": str | None, "command": list, "seconds": int | float, "jobs": list}
+        for name, kind in kinds.items():
+            if not isinstance(found[name], kind):
+                raise ValueError(f"{name} is {found[name]!r}")
+        for job in found["jobs"]:
+            if not isinstance(job["setting"], dict) or not isinstance(job["overrides"], list):
+                raise ValueError("a job is damaged")
+    except (OSError, ValueError, KeyError, TypeError) as problem:
         raise Unreadable(f"{folder / 'study.json'}: not readable ({problem})") from None
     return found
 
@@ -75,16 +91,24 @@ def write_study(folder: Path, facts: Mapping[str, Any]) -> None:
     write_durably(folder / "study.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
-def publish(folder: Path, tracker: WandB) -> None:
-    """The report of a study from its directory, as far as its jobs have come."""
-    facts = read_study(folder)
-    study: Study = build(facts["node"], "study", size=facts["size"], run=facts["run"])
+def publish(
+    folder: Path, tracker: WandB, study: Study | None = None, out: Path | None = None, metrics: Sequence[str] | None = None,
+    trust: bool = False,
+) -> None:  # fmt: skip
+    """The report of a study from its directory, as far as its jobs have come; a stranger's study.json runs nothing."""
+    facts, out = read_study(folder), out or folder
+    if study is None:
+        refuse_foreign(facts["node"], folder / "study.json", "node", trust)
+        if "_target_" in flat(facts["node"]["sizes"]):
+            raise ScoreSDEError(f"{folder / 'study.json'}: node.sizes holds a _target_, which a study never does")
+        study = build(facts["node"], "study", size=facts["size"], run=facts["run"])
+    assert isinstance(study, Study)
     jobs = [Job(tuple(j["overrides"]), j["setting"], j["seed"]) for j in facts["jobs"]]
-    found = study.findings(folder / "runs", jobs, folder / "figures")
-    runs = [RunDir(file.parent) for file in sorted((folder / "runs").glob("*/run.json"))]
+    found = study.findings(folder / "runs", jobs, out / "figures", metrics)
+    runs = [RunDir(file.parent) for file in sorted((folder / "runs").glob("[!.]*/run.json"))]
     shared = {"size": facts["size"], "jobs": str(len(jobs)), **protocol(runs)}
     made = as_report(study.title, study.question, found, shared, facts["seconds"], facts["command"])
-    show(made, folder, tracker)
+    show(made, out, tracker)
 
 
 def as_report(
@@ -111,7 +135,12 @@ def show(made: Report, out: Path, tracker: WandB) -> None:
 
 def find_runs(folders: Sequence[Path]) -> list[RunDir]:
     """All runs in these directories, each once."""
-    files = dict.fromkeys(file.resolve() for folder in folders for file in sorted(folder.rglob("run.json")))
+    files = dict.fromkeys(
+        file.resolve()
+        for folder in folders
+        for file in sorted(folder.rglob("run.json"))
+        if not file.parent.name.startswith(".")
+    )
     if not files:
         raise ScoreSDEError(f"no runs in {', '.join(map(str, folders))}")
     return [RunDir.open(file.parent) for file in files]
@@ -130,7 +159,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def of_runs(runs: Sequence[RunDir], metrics: Sequence[str], out: Path) -> Findings:
     """Runs side by side by what varies between their configs; those on other data or dimensions are not compared."""
-    configs = [flat({k: v for k, v in run.config(trust=True).items() if k not in (*ASIDE, "seed")}) for run in runs]
+    aside = {*ASIDE, "seed"} - {"eval"}
+    configs = [flat({k: v for k, v in run.config(trust=True).items() if k not in aside}) for run in runs]
     names = list(dict.fromkeys(name for config in configs for name in config))
     varying = [name for name in names if len({json.dumps(config.get(name)) for config in configs}) > 1]
     # The law and the number of directions stand in the loss too, by interpolation.
@@ -140,7 +170,8 @@ def of_runs(runs: Sequence[RunDir], metrics: Sequence[str], out: Path) -> Findin
         if name not in ("loss.n_proj", "loss.times", "loss.t_min") and "loss.projection" not in name
     ]
     cells = [cell(run, setting(config, varying)) for run, config in zip(runs, configs, strict=True)]
-    return compare(cells, metrics, [name for name in cells[0].setting if name.split(".")[0] == "data"], out)
+    apart = ("data", "eval", "steps", "max_seconds")  # what is not compared across
+    return compare(cells, metrics, [name for name in cells[0].setting if name.split(".")[0] in apart], out)
 
 
 def setting(config: Mapping[str, Any], varying: Sequence[str]) -> dict[str, Any]:
@@ -150,6 +181,8 @@ def setting(config: Mapping[str, Any], varying: Sequence[str]) -> dict[str, Any]
         value = config.get(name)
         if name.endswith("._target_"):
             name, value = name.removesuffix("._target_"), str(value).rsplit(".", 1)[-1].lower()
+        if name == "n_proj" and value == "auto":  # no number: a curve over n_proj has it as a band
+            name = "directions"
         found[name] = value
     return found
 
@@ -170,8 +203,11 @@ def protocol(runs: Sequence[RunDir]) -> dict[str, str]:
         if parts:
             found[group] = ", ".join(parts)
     for name in ("batch_size", "steps", "max_seconds", "ema", "precision", "threads", "t_min", "times", "eval.n"):
-        if len({json.dumps(config.get(name)) for config in configs}) == 1 and configs[0].get(name) is not None:
+        values = {json.dumps(config.get(name)) for config in configs}
+        if len(values) == 1 and configs[0].get(name) is not None:
             found[name] = str(configs[0][name])
+        elif name == "threads" and len(values) > 1:
+            found[name] = f"{', '.join(sorted(values))}: NOT EQUAL, so times do not compare"
     found["seeds"] = ", ".join(map(str, sorted({int(run.facts()["seed"]) for run in runs})))
     found["machine"] = ", ".join(sorted({str(run.facts()["host"]) for run in runs}))
     return found

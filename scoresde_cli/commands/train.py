@@ -218,7 +218,9 @@ def record_failure(run: RunDir, problem: BaseException) -> None:
 
 def prepare(parts: Parts, checkpoint: Any) -> TrainState:
     state = loop.start(parts.plan())
-    if checkpoint is not None:
+    if checkpoint is None:
+        state.seconds = parts.settings.divergence.get("cost_seconds", 0.0)
+    else:
         checkpoint.restore(state)
     return state
 

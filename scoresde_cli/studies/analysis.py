@@ -20,7 +20,6 @@ from scoresde_cli.studies.statistics import Comparison, Difference, Estimate, co
 
 NO_NATURAL_ZERO = ("loss", "nats", "bits/dim")  # units of which a ratio means nothing
 HIGHER = ("loss_gain", "steps_per_second")  # what does not say so in its protocol
-OF_THE_SEED = ("seed", "data")  # of a protocol, what two seeds of one setting need not share
 NAMED = 3  # so many settings are named in a sentence
 
 
@@ -157,16 +156,11 @@ def unfinished(name: str, group: Sequence[Cell]) -> str:
 
 
 def differing(cells: Sequence[Cell], metric: str) -> str | None:
-    """The first difference in protocol, or None: between settings of one seed, and between all but for what a seed decides."""
-    found = {id(cell): cell.summary[metric] for cell in cells}
-    by_seed: dict[int, list[dict[str, Any]]] = {}
-    for cell in cells:
-        by_seed.setdefault(cell.seed, []).append(found[id(cell)])
-    anywhere = [
-        {**entry, "protocol": {k: v for k, v in entry["protocol"].items() if k not in OF_THE_SEED}}
-        for entry in found.values()
-    ]
-    return next((reason for entries in (anywhere, *by_seed.values()) if (reason := unlike(entries))), None)
+    """The first difference in protocol but for the seed, or None."""
+    return unlike([
+        {**entry, "protocol": {k: v for k, v in entry["protocol"].items() if k != "seed"}}
+        for entry in (cell.summary[metric] for cell in cells)
+    ])  # fmt: skip
 
 
 def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
@@ -321,6 +315,8 @@ def answers(panel: Panel) -> list[str]:
 def sentence(found: Measured) -> str:
     c, metric = found.comparison, found.metric
     by_label = {each.label: each for each in found.rows}
+    if c is None and len(found.rows) == 1 and found.rows[0].estimate is not None:
+        return f"{metric} {with_interval(found.rows[0].estimate)} over {len(found.rows[0].values)} seeds"
     if c is None:
         return f"{metric}: nothing to compare, fewer than two settings finished with the same seeds"
     if c.n == 1:

@@ -24,7 +24,13 @@ from scoresde_cli.sweeps import failures, slug
 
 Size = Literal["smoke", "quick", "full"]
 Setting = dict[str, Any]
-METRICS = ("score_error", "nll", "sliced_wasserstein", "loss")  # what is compared, where it was measured
+METRICS = (
+    "score_error",
+    "nll",
+    "sliced_wasserstein",
+    "energy_distance",
+    "loss",
+)  # what is compared, where it was measured
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,9 @@ class Study(ABC):
                 )
         if self.run is not None and self.trains:
             raise ScoreSDEError(f"run={self.run}: this study trains runs of its own; study=estimator measures one")
+        for name, given in vars(self).items():
+            if isinstance(given, list) and (not given or len(given) != len({repr(value) for value in given})):
+                raise ScoreSDEError(f"study.{name}={given}: expected at least one value, and each once")
         if self.dims is not None and "d" not in config["data"]:
             raise ScoreSDEError(f"study.dims={self.dims}: this data has the dimension that it has; leave the key out")
 
@@ -121,8 +130,8 @@ class Study(ABC):
         """The grid, on a resolved config of `train` and the user's overrides that made it."""
 
     @abstractmethod
-    def findings(self, folder: Path, jobs: Sequence[Job], out: Path) -> Findings:
-        """What the jobs in `folder` came to, with figures written to `out`."""
+    def findings(self, folder: Path, jobs: Sequence[Job], out: Path, metrics: Sequence[str] | None = None) -> Findings:
+        """What the jobs in `folder` came to, by these numbers of summary.json, with figures written to `out`."""
 
     def done(self, folder: Path) -> bool:
         """Whether the job in this directory is done."""
@@ -155,8 +164,8 @@ class GridStudy(Study):
     varies: ClassVar[tuple[str, ...]] = ("seed", "steps", "max_seconds")
 
     @abstractmethod
-    def settings(self, d: int) -> list[Setting]:
-        """What is compared, in d dimensions: factors that are keys of `train`."""
+    def settings(self, d: int, loss: str) -> list[Setting]:
+        """What is compared, in d dimensions and with the config's loss: factors that are keys of `train`."""
 
     def shown(self, setting: Setting) -> Setting:
         """The setting as tables and figures show it."""
@@ -178,15 +187,15 @@ class GridStudy(Study):
             self.of_size("seeds")
         ):  # outermost, so that a busy hour of the machine meets all settings alike
             for where, d in dims:
-                for setting in self.settings(d):
+                for setting in self.settings(d, str(config["loss"]["_target_"]).rsplit(".", 1)[-1]):
                     for name, budget in self.limits():
                         varied = [f"{key}={value}" for key, value in {**where, **setting}.items()]
                         every = merged(self.common(config), overrides, varied, budget, [f"seed={seed}"])
                         found.append(Job(every, {**where, "budget": name, **self.shown(setting)}, seed))
         return found
 
-    def findings(self, folder: Path, jobs: Sequence[Job], out: Path) -> Findings:
-        return compare(collect(folder, jobs), METRICS, ("data.d", "budget"), out, self.conclude)
+    def findings(self, folder: Path, jobs: Sequence[Job], out: Path, metrics: Sequence[str] | None = None) -> Findings:
+        return compare(collect(folder, jobs), metrics or METRICS, ("data.d", "budget"), out, self.conclude)
 
     def conclude(self, panel: analysis.Panel) -> list[str]:
         """More sentences on a panel than analysis.answers has."""

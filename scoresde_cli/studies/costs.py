@@ -22,7 +22,6 @@ from scoresde_cli.studies.statistics import LEVEL, Estimate
 from scoresde_cli.training import variance
 from scoresde_cli.training.loop import Plan
 
-
 UNKNOWN = 0.15  # what two timings of one step differ by on a busy machine
 
 

@@ -16,6 +16,7 @@ from scoresde_cli.runs import Run
 from scoresde_cli.studies.base import Findings, Job, Study, merged
 from scoresde_cli.studies.estimator_report import report_parts
 from scoresde_cli.studies.measurement import measure
+from scoresde_cli.sweeps import composed
 from scoresde_cli.tracking import console
 from scoresde_cli.training.state import load_weights, write_durably
 from scoresde_cli.tuning import pick_threads
@@ -77,7 +78,7 @@ class Estimator(Study):
     def measure(self, config: Mapping[str, Any], folder: Path) -> None:
         parts, fit_steps = self.subject(config)
         names = self.of_size("laws") or configs.options("projection")
-        nodes = {name: configs.load(configs.conf_dir() / "projection" / f"{name}.yaml") for name in names}
+        nodes = {name: composed([f"projection={name}"])["projection"] for name in names}
         if config["projection"] not in nodes.values():
             nodes["projection"] = dict(config["projection"])
         laws = {name: build(node, "projection") for name, node in nodes.items()}
@@ -100,13 +101,17 @@ class Estimator(Study):
         if self.run is None:
             parts, steps = compose(config), self.of_size("fit_steps")
         else:
-            run = Run(RunDir.open(self.run))
+            run = Run(RunDir.open(self.run), bool(config["trust"]))
             parts, steps = compose({**run.config, "resume": None, "dir": None, "trust": False}), 0
             load_weights(parts.model, run.model.state_dict())
         torch.set_num_threads(parts.settings.threads or pick_threads(parts))
         return parts, steps
 
-    def findings(self, folder: Path, jobs: Sequence[Job], out: Path) -> Findings:
+    def findings(self, folder: Path, jobs: Sequence[Job], out: Path, metrics: Sequence[str] | None = None) -> Findings:
+        if metrics is not None:
+            raise ScoreSDEError(
+                f"metrics={list(metrics)}: a study of the estimator has no runs whose numbers could be chosen"
+            )
         found, missing = [], []
         for job in jobs:
             if self.done(folder / job.name):

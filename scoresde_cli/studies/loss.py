@@ -22,5 +22,5 @@ class LossStudy(GridStudy):
     )
     varies: ClassVar[tuple[str, ...]] = (*GridStudy.varies, "loss")
 
-    def settings(self, d: int) -> list[Setting]:
+    def settings(self, d: int, loss: str) -> list[Setting]:
         return [{"loss": loss} for loss in self.of_size("losses")]

@@ -27,7 +27,7 @@ class NProj(GridStudy):
     )
     varies: ClassVar[tuple[str, ...]] = (*GridStudy.varies, "loss", "n_proj")
 
-    def settings(self, d: int) -> list[Setting]:
+    def settings(self, d: int, loss: str) -> list[Setting]:
         """ssm_vr with n_proj >= d is the exact trace, which stands there as ism."""
         found: list[Setting] = []
         counts = self.of_size("n_proj")
@@ -61,9 +61,15 @@ class NProj(GridStudy):
                 enough = next(
                     row for row in counted if row is best or not comparison.against(row.label, best.label).apart
                 )
+                against = analysis.gap(comparison.against(best.label, enough.label))
                 found.append(
-                    f"{panel.title}: with {loss}, n_proj={enough.setting['n_proj']} is enough by {measured.metric}: no number on "
-                    f"the grid is told apart as better (the least is that of n_proj={best.setting['n_proj']})"
+                    f"{panel.title}: with {loss}, no number of directions is told apart as better than "
+                    f"n_proj={enough.setting['n_proj']} by {measured.metric}"
+                    + (
+                        ""
+                        if enough is best
+                        else f" (n_proj={best.setting['n_proj']}, the least, against it: {against})"
+                    )
                 )
         fixed = [row for row in rows if row.setting.get("loss") in ("ssm_vr", "ism")]
         auto = next((row for row in rows if row.setting.get("loss") == "ssm_vr auto"), None)
