@@ -160,6 +160,8 @@ def follow_parent() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)  # to save; afterwards a worker would wait for its next job forever
+        os._exit(143)
 
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 

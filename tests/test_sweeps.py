@@ -165,7 +165,7 @@ def test_workers_give_the_same_numbers_and_their_failures_reach_the_end(tmp_path
 
 def test_killed_workers_and_parents_leave_a_sweep_that_goes_on(tmp_path, cli):
     """SIGKILL of the parent: its workers save and stop by themselves, and the same command ends with the undisturbed numbers."""
-    argv = [*TINY, "n_proj=1,2", "loss=ssm", "steps=1500", "checkpoint.every=100", "threads=1"]
+    argv = [*TINY, "n_proj=1,2", "loss=ssm", "steps=800", "checkpoint.every=50", "threads=1"]
     scoresde = [Path(sys.executable).parent / "scoresde", "train", "-m"]
     command = [*scoresde, *argv, "hydra/launcher=joblib", "hydra.sweep.dir=cut"]
     cut = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

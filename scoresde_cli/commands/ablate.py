@@ -112,12 +112,14 @@ def key_of(override: str) -> str:
 
 def begin(folder: Path, about: dict[str, Any], jobs: Sequence[Job]) -> Path:
     """The study's directory with its study.json; the one that is there already if it is the same study's."""
+    plan = {"jobs": [{"overrides": list(j.overrides), "setting": j.setting, "seed": j.seed} for j in jobs]}
     try:
         if (folder / "study.json").is_file():
             before = report.read_study(folder)
             found = difference({key: before.get(key) for key in about}, about)
             if found:
                 raise ScoreSDEError(f"{folder}: holds another study ({found}); choose another directory with dir=")
+            report.write_study(folder, before | plan)
             return folder
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ScoreSDEError(f"dir={folder}: neither new, nor empty, nor the directory of a study")
@@ -126,7 +128,7 @@ def begin(folder: Path, about: dict[str, Any], jobs: Sequence[Job]) -> Path:
         raise ScoreSDEError(f"{folder}: cannot be used ({problem.strerror})") from None
     report.write_study(folder, {
         **about, "command": command_line(), "started": now(), "versions": versions(), "git": git_state(), "seconds": 0.0,
-        "jobs": [{"overrides": list(j.overrides), "setting": j.setting, "seed": j.seed} for j in jobs],
+        **plan,
     })  # fmt: skip
     return folder
 
