@@ -33,8 +33,8 @@ from scoresde_cli.training.state import TrainState
 
 MOST = 64  # directions that are considered, and dimensions up to which the exact trace is
 BETTER = 0.02  # what a change has to gain
-DEAR = 16.0  # times the cost of a step without tangents: the exact trace is never worth more, and not tried
-TRIAL = 5.0  # seconds for a measurement of costs
+DEAR = 6.0  # times the cost of a step without tangents: the exact trace is not worth more where r < 5, and not tried
+TRIAL = 0.01  # of the run's time, for each of two measurements of costs
 FIRST = 100  # steps to the second estimate
 SELDOM, PART = 400, 8  # steps between later ones: so great a part of the budget, at least SELDOM
 FEWEST, MANY = 4, 16  # batches of an estimate
@@ -70,10 +70,13 @@ def batches(gap: int) -> int:
 def cost_of_a_tangent(plan: Plan, loss: SSM, d: int) -> tuple[float, float]:
     """(c, cost of a step with the exact trace), both in units of a step without tangents.
 
-    c is the slope of a robust line (Theil, 1950) through whole steps of 1, 2, 4 and 8 directions, each the fastest of its turns:
-    on a busy machine others only add to them. The exact trace is measured where it may pay, and follows the line elsewhere.
+    c is the slope of a robust line (Theil, 1950) through whole steps of 1, 2, 4 and 8 directions (no more than are considered),
+    each the fastest of its turns: on a busy machine others only add to them. The exact trace is measured where it may pay, and
+    follows the line elsewhere.
     """
-    counts = (1, 2, 4, 8)
+    counts = [n for n in (1, 2, 4, 8) if n <= most(loss, d)]
+    if len(counts) == 1:  # nothing to choose
+        return 1.0, 2.0
     projected = [SSM(loss.projection, n, loss.weighting, loss.half, loss.times, loss.t_min) for n in counts]
     seconds = fastest(plan, projected)
     pairs = [(i, j) for i in range(len(counts)) for j in range(i)]
@@ -90,9 +93,10 @@ def cost_of_a_tangent(plan: Plan, loss: SSM, d: int) -> tuple[float, float]:
 
 
 def fastest(plan: Plan, losses: Sequence[Loss]) -> list[float]:
-    """The least seconds of a training step with each loss, in as many turns as fit TRIAL seconds, 3 to 30."""
-    once = sum(variance.step_seconds(plan, losses, 1))
-    return variance.step_seconds(plan, losses, max(3, min(30, int(TRIAL / once))))
+    """The least seconds of a training step with each loss, in as many turns as fit the part TRIAL of the run, 3 to 30."""
+    once = variance.step_seconds(plan, losses, 1)
+    whole = min(plan.steps * once[0], plan.max_seconds or math.inf)
+    return variance.step_seconds(plan, losses, max(3, min(30, int(TRIAL * whole / sum(once)))))
 
 
 def pooled(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
