@@ -26,6 +26,7 @@ from scoresde_cli.losses.base import Loss
 from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
+from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
 from scoresde_cli.training import variance
 from scoresde_cli.training.loop import Plan
@@ -70,13 +71,15 @@ def batches(gap: int) -> int:
 def cost_of_a_tangent(plan: Plan, loss: SSM, d: int) -> tuple[float, float]:
     """(c, cost of a step with the exact trace), both in units of a step without tangents.
 
-    c is the slope of a robust line (Theil, 1950) through whole steps of 1, 2, 4 and 8 directions (no more than are considered),
-    each the fastest of its turns: on a busy machine others only add to them. The exact trace is measured where it may pay, and
-    follows the line elsewhere.
+    c is the slope of a robust line (Theil, 1950) through whole steps of 1, 2, 4 and 8 directions, each the fastest of its turns:
+    on a busy machine others only add to them. The exact trace is measured where it may pay, and follows the line elsewhere.
     """
-    counts = [n for n in (1, 2, 4, 8) if n <= most(loss, d)]
-    if len(counts) == 1:  # nothing to choose
-        return 1.0, 2.0
+    counts, field = (1, 2, 4, 8), copy.copy(plan.field)
+    if isinstance(field, ScoreModel) and field.chunk == most(
+        loss, d
+    ):  # all at once: then 8 are so here as well, in however few dimensions
+        field.chunk = None
+    plan = replace(plan, field=field)
     projected = [SSM(loss.projection, n, loss.weighting, loss.half, loss.times, loss.t_min) for n in counts]
     seconds = fastest(plan, projected)
     pairs = [(i, j) for i in range(len(counts)) for j in range(i)]
