@@ -47,9 +47,8 @@ class Plan:
     save_every: int
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
-    chooser: Callable[["Plan", TrainState], tuple["Plan", str | None]] | None = (
-        None  # the plan of a step, and why it changed
-    )
+    # n_proj=auto: the plan of the next step, and a line where it is another one.
+    chooser: Callable[["Plan", TrainState], tuple["Plan", str | None]] | None = None
 
 
 @dataclass
