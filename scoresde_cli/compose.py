@@ -19,6 +19,7 @@ from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import Loss, Times
+from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
 from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian, gaussian_model
@@ -26,8 +27,9 @@ from scoresde_cli.networks.parameterisation import Parameterisation
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.sdes.base import SDE
-from scoresde_cli.training.directions import Chooser
-from scoresde_cli.training.loop import Plan
+from scoresde_cli.training.directions import Directions
+from scoresde_cli.training.loop import Chooser, Plan
+from scoresde_cli.training.mixing import Mixer
 from scoresde_cli.training.optimizer import Adam
 
 PathText = Annotated[str, Field(min_length=1)]
@@ -140,11 +142,13 @@ class Parts:
         )  # fmt: skip
 
     def chooser(self) -> Chooser | None:
-        """Of the number of directions, where that is left open and what they cost is known."""
+        """Of the weights of dsm_cv; of the number of directions, where that is left open and what they cost is known."""
+        if isinstance(self.loss, DSMCV):
+            return Mixer(self.loss, self.sde) if self.loss.threshold == "auto" else None
         loss, costs = self.loss, [self.settings.divergence.get(name, "auto") for name in ("tangent_cost", "exact_cost")]
         if not isinstance(loss, SSM) or not loss.automatic or "auto" in costs:
             return None
-        return Chooser(loss, self.d, *costs)
+        return Directions(loss, self.d, *costs)
 
 
 def locate(target: object, where: str) -> Any:
@@ -284,7 +288,7 @@ def build_loss(node: Mapping[str, Any], keys: Settings) -> Loss:
     if node.get("n_proj", "auto") != "auto":
         raise ScoreSDEError(f"loss.n_proj={node['n_proj']} with n_proj=auto: say one of them")
     loss: Loss = build({**node, **({"n_proj": 1} if "n_proj" in node else {})}, "loss")
-    if not isinstance(loss, SSM) or not loss.second_order:
+    if not isinstance(loss, SSM) or loss.needs_kernel or not loss.second_order:
         raise ScoreSDEError(f"n_proj=auto with loss={loss.name}: expected a number; auto is for loss=ssm and ssm_vr")
     if loss.projection.adapted:
         raise ScoreSDEError(

@@ -5,12 +5,13 @@ shared by all of them; `score_and_trace` pushes all d unit directions. Both are 
 `finite_difference` takes two evaluations a direction instead, and is biased. A field is a callable (x, t) -> (B, *D).
 It may implement
 
-    forward_dual(x, t, v)                     -> (out (B, *D), J v (K, B, *D))       its own dual pass
+    forward_dual(x, t, v)                     -> (out (B, *D), J v (K, m, *D))       its own dual pass
     forward_projections(x, t, v, exact)       -> (out (B, *D), v_k^T J v_k (K, B))   cheaper than J v and a product
     forward_trace(x, t)                       -> (out (B, *D), tr J (B,))            a cheaper exact trace
 
 and otherwise `torch.func` does the work (forward mode under vmap; forward over reverse where the field is itself a
-gradient). No field may mix the samples of a batch.
+gradient). Directions (K, m, *D) with m < B are of the first m samples alone: in one pass where the field says `partial`,
+else in two. No field may mix the samples of a batch.
 """
 
 from collections.abc import Callable
@@ -27,13 +28,17 @@ ELEMENTS = 1 << 24  # numbers in a chunk of unit directions, where no chunk is g
 
 
 def dual(field: Field, x: Tensor, t: Tensor, v: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """The field and its Jacobian-vector products: (out (B, *D), J v (K, B, *D)) for v of shape (K, B, *D).
+    """The field and its Jacobian-vector products: (out (B, *D), J v (K, m, *D)) for v (K, m, *D) of the first m <= B samples.
 
     At most `chunk` directions at a time, each chunk computed again in the backward pass, so that memory holds one.
     """
     if chunk is not None and chunk < len(v):
         out, pieces = in_chunks(field, lambda part: dual(field, x, t, v[part]), len(v), chunk, x)
         return out, torch.cat(pieces)
+    m = v.shape[1]
+    if m < len(x) and not getattr(field, "partial", False):
+        out, jvp = dual(field, x[:m], t[:m], v)
+        return torch.cat([out, field(x[m:], t[m:])]), jvp
     if hasattr(field, "forward_dual"):
         return field.forward_dual(x, t, v)
 
@@ -112,7 +117,7 @@ def inner(a: Tensor, b: Tensor, axes: int) -> Tensor:
 
 
 def score_and_projections(field: Field, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """(score (B, *D), v_k^T J v_k (K, B)) for directions v of shape (K, B, *D).
+    """(score (B, *D), v_k^T J v_k (K, m)) for directions v (K, m, *D) of the first m <= B samples.
 
     With `exact`, what the field knows of J in closed form enters by its trace instead of its projections: the same
     expectation and the same gradient, less noise.

@@ -141,11 +141,10 @@ def pick_field(parts: Parts, plain: ScoreModel, done: int) -> FieldModel:
     wanted, s = parts.settings.compile, parts.settings
     if wanted is False:
         return plain
-    if s.n_proj == "auto":
+    if s.n_proj == "auto" or parts.loss.varying:
         if wanted is True:
-            console.note(
-                "compile=true has no effect with n_proj=auto: each number of directions would be compiled anew"
-            )
+            what = "n_proj=auto" if s.n_proj == "auto" else f"loss={parts.loss.name}"
+            console.note(f"compile=true has no effect with {what}: each number of directions would be compiled anew")
         return plain
     count = parts.loss.tangents(parts.d)
     if parts.loss.second_order and plain.chunk is not None and plain.chunk < count:

@@ -18,7 +18,7 @@ from scoresde_cli.projections import Gaussian, Orthogonal, Rademacher
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.training import directions, loop, variance
-from scoresde_cli.training.directions import Chooser
+from scoresde_cli.training.directions import Directions
 from scoresde_cli.training.optimizer import Adam
 from scoresde_cli.training.state import Checkpoint, checkpoints
 from tests.conftest import NO_FIGURES, SMALL
@@ -106,13 +106,13 @@ def test_the_share_of_a_law_is_that_of_its_variance():
 @pytest.mark.parametrize("c", [0.001, 0.1, 0.26, 1.0])
 def test_the_choice_is_the_least_work_of_all(c, r):
     """And near sqrt(r / c) where the directions are independent and the number is free."""
-    free = Chooser(SSM(Rademacher(), 1), 4, c, 1 + 4 * c)
+    free = Directions(SSM(Rademacher(), 1), 4, c, 1 + 4 * c)
     n = free.best(r)
     assert all((1 + c * n) * (1 + r / n) <= (1 + c * m) * (1 + r / m) + 1e-12 for m in range(1, 65))
     assert n == 64 or abs(n - math.sqrt(r / c)) <= 1
     for d in (1, 2, 4, 16, 64, 100):
         exact = 1 + 0.8 * c * d
-        bound = Chooser(SSMVR(Orthogonal(), 1), d, c, exact)
+        bound = Directions(SSMVR(Orthogonal(), 1), d, c, exact)
         work = bound.work(r)
         assert len(work) == min(d, 64)
         assert 1 <= bound.best(r) <= d
@@ -122,7 +122,7 @@ def test_the_choice_is_the_least_work_of_all(c, r):
 
 
 def test_a_change_has_to_gain_something():
-    chooser = Chooser(SSMVR(Rademacher(), 1), 50, 0.25, 13.0)
+    chooser = Directions(SSMVR(Rademacher(), 1), 50, 0.25, 13.0)
     assert chooser.best(1.0) == 2
     assert chooser.best(0.52, now=2) == 2  # 1 would be 1.3 percent better
     assert chooser.best(0.1, now=2) == 1

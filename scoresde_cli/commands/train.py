@@ -289,10 +289,11 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary["peak_memory_mb"] = evaluation.plain(peak, "MB", of="the process, host memory")
-    if state.choices:
-        curve = [{name: row[name] for name in ("step", "n_proj", "r")} for row in state.choices]
-        last = evaluation.plain(curve[-1]["n_proj"], "directions", step=state.step)
-        summary["n_proj"] = last | {"curve": curve}
+    if chooser := parts.chooser():
+        curve = [{key: row[key] for key in ("step", chooser.name, *chooser.reasons)} for row in state.choices]
+        summary[chooser.name] = evaluation.plain(curve[-1][chooser.name], chooser.unit, step=state.step) | {
+            "curve": curve
+        }
     write_samples(run.path / "samples.npz", parts.data, [samples.x], len(samples.x), overwrite=True)
     figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline) if s.eval["figures"] else []
     run.write("summary.json", summary)

@@ -49,6 +49,7 @@ class Loss(ABC):
     trains: Set[str] = frozenset({"score"})
     needs_kernel = False
     second_order = True
+    varying = False  # its work has another shape in each step, so that it is not compiled
 
     def __init__(
         self, weighting: Weighting = "sigma2", half: bool = False, times: Times = "mixed", t_min: MinTime = 1e-3

@@ -37,14 +37,19 @@ class SSM(Loss):
     def tangents(self, d: int) -> int:
         return self.n_proj
 
-    def directions(self, model: FieldModel, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        """(n_proj, B, *D), constants in the gradient, drawn given the Jacobians at x where the law looks at them."""
+    def directions(
+        self, model: FieldModel, x: Tensor, t: Tensor, generator: torch.Generator, m: int | None = None
+    ) -> Tensor:
+        """(n_proj, m, *D) for the first m samples, B by None; drawn given the Jacobians at x where the law looks at them.
+
+        They are constants in the gradient.
+        """
 
         @torch.no_grad()
         def push(w: Tensor) -> Tensor:
             return divergence.dual(model, x, t, w)[1]
 
-        return self.projection.directions(push, tuple(x.shape), self.n_proj, generator, x.dtype)
+        return self.projection.directions(push, tuple(x[:m].shape), self.n_proj, generator, x.dtype)
 
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator

@@ -1,4 +1,5 @@
-"""Building blocks of an explicit dual pass: a primal and its K tangents in one tensor (1 + K, B, width), the primal first.
+"""Building blocks of an explicit dual pass: a batch of B primals and K tangents of its first m samples in one tall matrix
+(B + K m, width), the primals first, then the tangents direction by direction.
 
 A linear layer is one tall matrix product W [u; du_1 .. du_K] for all of them, without its bias, which moves the primal only;
 the activation that follows adds it, scales and bends the primal, and multiplies the tangents by the slope. With
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+Sizes = tuple[int, int]  # (B, m)
 Activation = Literal["silu", "gelu", "tanh", "softplus", "elu", "relu", "leaky_relu"]
 
 # No curvature: E[2 v^T J v] is right, its gradient is not (the second derivative is zero almost everywhere).
@@ -32,75 +34,113 @@ PIECEWISE_LINEAR_MODULES = (
 )  # fmt: skip
 
 
-def derivatives(name: Activation, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(f(u), f'(u), f''(u)) of the named activation."""
+def first(name: Activation, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(f(u), f'(u)) of the named activation."""
     match name:
         case "silu":
             s = torch.sigmoid(u)
             f = u * s
-            slope = s + f * (1.0 - s)
-            return f, slope, (1.0 - s) * (s + slope - f * s)
+            return f, torch.addcmul(s + f, f, s, value=-1.0)
         case "gelu":
             cdf = 0.5 * (1.0 + torch.erf(u * math.sqrt(0.5)))
-            pdf = torch.exp(-0.5 * u * u) / math.sqrt(2.0 * math.pi)
-            return u * cdf, cdf + u * pdf, pdf * (2.0 - u * u)
+            return u * cdf, cdf + u * torch.exp(-0.5 * u * u) / math.sqrt(2.0 * math.pi)
         case "tanh":
             f = torch.tanh(u)
-            slope = 1.0 - f * f
-            return f, slope, -2.0 * f * slope
+            return f, 1.0 - f * f
+        case "softplus":
+            return value(name, u), torch.sigmoid(u)
+        case "elu":
+            return F.elu(u), torch.exp(u.clamp_max(0.0))
+        case "relu":
+            return F.relu(u), (u > 0).to(u.dtype)
+        case "leaky_relu":
+            return F.leaky_relu(u), torch.where(u > 0, 1.0, 0.01).to(u.dtype)
+
+
+def second(name: Activation, u: Tensor) -> Tensor:
+    """f''(u) of the named activation."""
+    match name:
+        case "silu":
+            s = torch.sigmoid(u)
+            return s * (1.0 - s) * (2.0 + u * (1.0 - 2.0 * s))
+        case "gelu":
+            return torch.exp(-0.5 * u * u) / math.sqrt(2.0 * math.pi) * (2.0 - u * u)
+        case "tanh":
+            f = torch.tanh(u)
+            return -2.0 * f * (1.0 - f * f)
         case "softplus":
             s = torch.sigmoid(u)
-            return value(name, u), s, s * (1.0 - s)
+            return s * (1.0 - s)
         case "elu":
-            e = torch.exp(u.clamp_max(0.0))
-            negative = (u <= 0).to(u.dtype)
-            return F.elu(u), 1.0 + negative * (e - 1.0), negative * e
-        case "relu":
-            return F.relu(u), (u > 0).to(u.dtype), torch.zeros_like(u)
-        case "leaky_relu":
-            return F.leaky_relu(u), torch.where(u > 0, 1.0, 0.01).to(u.dtype), torch.zeros_like(u)
+            return (u <= 0).to(u.dtype) * torch.exp(u.clamp_max(0.0))
+        case "relu" | "leaky_relu":
+            return torch.zeros_like(u)
+
+
+def pull(name: Activation, u: Tensor, grad: Tensor) -> Tensor:
+    """f'(u) grad, by one kernel where there is one."""
+    return torch.ops.aten.silu_backward(grad, u) if name == "silu" else first(name, u)[1] * grad
 
 
 class Activate(torch.autograd.Function):
-    """(stack (1 + K, B, w), shift, scale) -> stack, differentiable once; shift (B, w), scale (B, w) or None for one."""
+    """(stack, shift, scale) -> stack, differentiable once; shift (B, w), scale (B, w) or None for one.
+
+    The slopes are made for the m samples that have tangents.
+    """
 
     @staticmethod
-    def forward(ctx: Any, stack: Tensor, shift: Tensor, scale: Tensor | None, name: Activation) -> Tensor:
-        moved = stack[0] + shift
-        f, slope, curvature = derivatives(name, moved if scale is None else moved * scale)
+    def forward(ctx: Any, stack: Tensor, sizes: Sizes, shift: Tensor, scale: Tensor | None, name: Activation) -> Tensor:
+        B, m = sizes
+        u, du = parts(stack, sizes)
+        moved = u + shift
+        a = moved if scale is None else moved * scale
+        slope = first(name, a[:m])[1]
+        steep = slope if scale is None else slope * scale[:m]
         out = torch.empty_like(stack)
-        out[0] = f
-        torch.mul(stack[1:], (slope if scale is None else slope * scale).to(stack.dtype), out=out[1:])
-        ctx.save_for_backward(stack, slope, curvature, scale, None if scale is None else moved)
+        out[:B] = value(name, a)
+        torch.mul(du, steep.to(stack.dtype), out=parts(out, sizes)[1])
+        ctx.sizes, ctx.name = sizes, name
+        ctx.save_for_backward(stack, moved, a, slope, steep, scale)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        stack, slope, curvature, scale, moved = ctx.saved_tensors
-        bent = (grad[1:] * stack[1:]).sum(0, dtype=slope.dtype)
-        grad_a = slope * grad[0] + curvature * (bent if scale is None else bent * scale)
-        grad_u = grad_a if scale is None else grad_a * scale
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
+        stack, moved, a, slope, steep, scale = ctx.saved_tensors
+        B, m = ctx.sizes
+        (_, du), (grad_0, grad_k) = parts(stack, ctx.sizes), parts(grad, ctx.sizes)
+        bent = (grad_k * du).sum(0, dtype=a.dtype)
+        grad_a = pull(ctx.name, a, grad_0.to(a.dtype))
+        grad_a[:m].addcmul_(second(ctx.name, a[:m]), bent if scale is None else bent * scale[:m])
+        grad_u, grad_scale = grad_a, None
+        if scale is not None:
+            grad_u, grad_scale = grad_a * scale, moved * grad_a
+            grad_scale[:m].addcmul_(slope, bent)
         out = torch.empty_like(stack)
-        out[0] = grad_u
-        torch.mul(grad[1:], (slope if scale is None else slope * scale).to(stack.dtype), out=out[1:])
-        return out, grad_u, None if scale is None else moved * grad_a + slope * bent, None
+        out[:B] = grad_u
+        torch.mul(grad_k, steep.to(stack.dtype), out=parts(out, ctx.sizes)[1])
+        return out, None, grad_u, grad_scale, None
 
 
 def stack(primal: Tensor, tangents: Tensor) -> Tensor:
-    """(B, *D) and (K, B, *D) in one tensor, each sample flat: (1 + K, B, d)."""
-    return torch.cat([primal.flatten(1).unsqueeze(0), tangents.flatten(2)])
+    """(B, *D) and (K, m, *D) in one matrix, each sample flat: (B + K m, d)."""
+    return torch.cat([primal.flatten(1), tangents.flatten(2).flatten(0, 1)])
+
+
+def parts(stack: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Views of a stack: the primals (B, w) and the tangents (K, m, w)."""
+    return stack[: sizes[0]], stack[sizes[0] :].unflatten(0, (-1, sizes[1]))
 
 
 def split(layer: nn.Linear, stack: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out (B, *D), J v (K, B, *D)) of the last layer."""
-    primal, tangents = torch.split(F.linear(stack, layer.weight), [1, len(v)])
-    return (primal.squeeze(0) + layer.bias).reshape(x.shape), tangents.reshape(v.shape)
+    """(out (B, *D), J v (K, m, *D)) of the last layer."""
+    primal, tangents = parts(F.linear(stack, layer.weight), (len(x), v.shape[1]))
+    return (primal + layer.bias).reshape(x.shape), tangents.reshape(v.shape)
 
 
-def activation(name: Activation, stack: Tensor, shift: Tensor, scale: Tensor | None = None) -> Tensor:
+def activation(name: Activation, stack: Tensor, sizes: Sizes, shift: Tensor, scale: Tensor | None = None) -> Tensor:
     """f(scale (u + shift)) and its tangents; shift (w,) or (B, w), scale (B, w)."""
-    return Activate.apply(stack, shift.expand_as(stack[0]), scale, name)
+    return Activate.apply(stack, sizes, shift.expand(sizes[0], -1), scale, name)
 
 
 def value(name: Activation, u: Tensor) -> Tensor:

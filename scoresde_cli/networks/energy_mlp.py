@@ -35,7 +35,7 @@ class EnergyMLP(nn.Module):
         classes: as for MLP.
     """
 
-    conservative = True
+    conservative = partial = True
 
     def __init__(
         self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3, activation: Smooth = "silu",
@@ -71,7 +71,7 @@ class EnergyMLP(nn.Module):
         layers, slopes, h = self._layers(c), [], x.flatten(1)
         for weight, shift, scale in layers:
             a = F.linear(h, weight) + shift
-            h, slope, _ = dual.derivatives(self.activation, a if scale is None else a * scale)
+            h, slope = dual.first(self.activation, a if scale is None else a * scale)
             slopes.append(slope if scale is None else slope * scale)  # f' s: what a layer passes back
         r = self.last.expand_as(h)
         for (weight, _, _), slope in zip(reversed(layers), reversed(slopes), strict=True):
@@ -79,21 +79,22 @@ class EnergyMLP(nn.Module):
         return r.reshape(x.shape)
 
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(grad e (B, *D), Hessian v (K, B, *D)) for directions v of shape (K, B, *D)."""
+        """(grad e (B, *D), Hessian v (K, m, *D)) for directions v (K, m, *D) of the first m <= B samples."""
         layers, saved, h = self._layers(c), [], dual.stack(x, v)
+        B, m = sizes = len(x), v.shape[1]
         for weight, shift, scale in layers:
-            u = F.linear(h, weight)
-            a = u[0] + shift
-            f, slope, curvature = dual.derivatives(self.activation, a if scale is None else a * scale)
+            u, du = dual.parts(F.linear(h, weight), sizes)
+            a = u + shift
+            a = a if scale is None else a * scale
+            (f, slope), curvature = dual.first(self.activation, a), dual.second(self.activation, a[:m])
             if scale is not None:
-                slope, curvature = slope * scale, curvature * scale.square()
-            h = torch.cat([f.unsqueeze(0), slope * u[1:]])
-            saved.append((u[1:], slope, curvature))
-        r = self.last.expand(len(h), len(x), -1)
-        for i, ((weight, _, _), (du, slope, curvature)) in enumerate(
-            zip(reversed(layers), reversed(saved), strict=True)
-        ):
-            bent = curvature * r[0] * du  # of the last layer, r is the constant w, which has no tangent
-            r = torch.cat([(slope * r[0]).unsqueeze(0), bent if i == 0 else slope * r[1:] + bent])
-            r = F.linear(r, weight.T)
-        return r[0].reshape(x.shape), r[1:].reshape(v.shape)
+                slope, curvature = slope * scale, curvature * scale[:m].square()
+            h = dual.stack(f, slope[:m] * du)
+            saved.append((du, slope, curvature))
+        r, dr = self.last.expand(B, -1), None  # the constant w, which has no tangent
+        for (weight, _, _), (du, slope, curvature) in zip(reversed(layers), reversed(saved), strict=True):
+            bent = curvature * r[:m] * du
+            tall = dual.stack(slope * r, bent if dr is None else slope[:m] * dr + bent)
+            r, dr = dual.parts(F.linear(tall, weight.T), sizes)
+        assert dr is not None
+        return r.reshape(x.shape), dr.reshape(v.shape)

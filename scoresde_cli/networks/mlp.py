@@ -23,6 +23,8 @@ class MLP(nn.Module):
         classes: labels of the data, 0 where it has none; c is then (B, 2), the noise level and the label.
     """
 
+    partial = True
+
     def __init__(
         self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3,
         activation: dual.Activation = "silu", classes: int = 0,
@@ -51,11 +53,11 @@ class MLP(nn.Module):
         return self.last(h).reshape(x.shape)
 
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
-        shift, *scales = self._levels(c)
+        """(out (B, *D), J v (K, m, *D)) for directions v (K, m, *D) of the first m <= B samples."""
+        (shift, *scales), sizes = self._levels(c), (len(x), v.shape[1])
         u = F.linear(dual.stack(x, v), self.first.weight)
-        h = dual.activation(self.activation, u, self.first.bias + shift)
+        h = dual.activation(self.activation, u, sizes, self.first.bias + shift)
         for layer, scale in zip(self.hidden, scales, strict=True):
             assert isinstance(layer, nn.Linear)
-            h = dual.activation(self.activation, F.linear(h, layer.weight), layer.bias, scale)
+            h = dual.activation(self.activation, F.linear(h, layer.weight), sizes, layer.bias, scale)
         return dual.split(self.last, h, x, v)

@@ -73,6 +73,7 @@ class ScoreModel(nn.Module, FieldModel):
     mean: Tensor
     lam: Tensor
     basis: Tensor | None
+    partial = True  # takes directions of the first samples alone (divergence.py)
     chunk: int | None = None  # directions that are pushed through the network at a time
     labels: Tensor | None = None  # (B,) or (1,) of a view made by `labelled`; -1 for none
     low: bool = False  # the network's matrix products in bfloat16; the linear part and the weights keep their precision
@@ -147,21 +148,21 @@ class ScoreModel(nn.Module, FieldModel):
             return divergence.dual(self.network, z.reshape(x.shape), c, v, self.chunk)
 
     def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(score (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
+        """(score (B, *D), J v (K, m, *D)) for directions v (K, m, *D) of the first m <= B samples."""
         y, c, skip, out, inp = self._prepare(x, t)
-        w = self._turn(v.flatten(2))
-        net, jvp = self._push(x, inp * y, c, (inp * w).reshape(v.shape))
+        w, m = self._turn(v.flatten(2)), v.shape[1]
+        net, jvp = self._push(x, inp * y, c, (inp[:m] * w).reshape(v.shape))
         score = self._turn_back(skip * y + out * net.flatten(1))
-        return score.reshape(x.shape), self._turn_back(skip * w + out * jvp.flatten(2)).reshape(v.shape)
+        return score.reshape(x.shape), self._turn_back(skip[:m] * w + out[:m] * jvp.flatten(2)).reshape(v.shape)
 
     def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
-        """(score (B, *D), v_k^T J v_k (K, B)), in the network's own coordinates; with `exact`, the linear part's trace."""
+        """(score (B, *D), v_k^T J v_k (K, m)), in the network's own coordinates; with `exact`, the linear part's trace."""
         y, c, skip, out, inp = self._prepare(x, t)
-        w = self._turn(v.flatten(2))
-        net, jvp = self._push(x, inp * y, c, (inp * w).reshape(v.shape))
+        w, m = self._turn(v.flatten(2)), v.shape[1]
+        net, jvp = self._push(x, inp * y, c, (inp[:m] * w).reshape(v.shape))
         score = self._turn_back(skip * y + out * net.flatten(1))
-        linear = skip.sum(1) if exact else (skip * w.square()).sum(2)
-        return score.reshape(x.shape), linear + (out * w * jvp.flatten(2)).sum(2)
+        linear = skip[:m].sum(1) if exact else (skip[:m] * w.square()).sum(2)
+        return score.reshape(x.shape), linear + (out[:m] * w * jvp.flatten(2)).sum(2)
 
     def forward_trace(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), tr J (B,)), exact; the trace is taken in the network's own coordinates."""

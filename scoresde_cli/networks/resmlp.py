@@ -22,6 +22,8 @@ class ResMLP(nn.Module):
         classes: labels of the data, 0 where it has none; c is then (B, 2), the noise level and the label.
     """
 
+    partial = True
+
     def __init__(
         self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3,
         activation: dual.Activation = "silu", classes: int = 0,
@@ -47,13 +49,13 @@ class ResMLP(nn.Module):
         return self.last(dual.value(self.activation, h)).reshape(x.shape)
 
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
-        features, shift = self.embedding(c), torch.as_tensor(self.first.bias)
+        """(out (B, *D), J v (K, m, *D)) for directions v (K, m, *D) of the first m <= B samples."""
+        features, shift, sizes = self.embedding(c), torch.as_tensor(self.first.bias), (len(x), v.shape[1])
         h = F.linear(dual.stack(x, v), self.first.weight)
         for inner, level, outer in zip(self.inner, self.level, self.outer, strict=True):
             assert isinstance(inner, nn.Linear)
             assert isinstance(outer, nn.Linear)
-            u = F.linear(dual.activation(self.activation, h, shift), inner.weight)
-            h = h + F.linear(dual.activation(self.activation, u, inner.bias + level(features)), outer.weight)
+            u = F.linear(dual.activation(self.activation, h, sizes, shift), inner.weight)
+            h = h + F.linear(dual.activation(self.activation, u, sizes, inner.bias + level(features)), outer.weight)
             shift = shift + outer.bias  # the biases of the residual stream are added up beside it
-        return dual.split(self.last, dual.activation(self.activation, h, shift), x, v)
+        return dual.split(self.last, dual.activation(self.activation, h, sizes, shift), x, v)

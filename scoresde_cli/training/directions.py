@@ -115,13 +115,16 @@ def pooled(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return r, float((p - r * q).std()) / scale / math.sqrt(len(p))
 
 
-class Chooser:
+class Directions:
     """Which n, and why; the plan of the next step.
 
     Args:
         loss: ssm or ssm_vr. d: dimension.
         cost, exact: of a tangent, and of a step with the exact trace, in units of a step without tangents.
     """
+
+    name, unit = "n_proj", "directions"
+    reasons: tuple[str, ...] = ("r",)
 
     def __init__(self, loss: SSM, d: int, cost: float, exact: float) -> None:
         self.d, self.cost = d, cost

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,8 +47,18 @@ class Plan:
     save_every: int
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
-    # n_proj=auto: the plan of the next step, and a line where it is another one.
-    chooser: Callable[["Plan", TrainState], tuple["Plan", str | None]] | None = None
+    chooser: "Chooser | None" = None
+
+
+class Chooser(Protocol):
+    """What a loss leaves open to be chosen while training, as a function of the weights, the seed and the step."""
+
+    name: str  # of what is chosen: a key of the rows of TrainState.choices, and a column of metrics.jsonl
+    unit: str
+    reasons: tuple[str, ...]  # other keys of the rows that the summary keeps
+
+    def __call__(self, plan: Plan, state: TrainState) -> tuple[Plan, str | None]:
+        """The plan of the next step, and a line where it is another one; what it rests on is added to state.choices."""
 
 
 @dataclass
@@ -163,7 +173,7 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
                     "loss": value,
                     "lr": rate,
                 }
-                watch.log(row | ({"n_proj": state.choices[-1]["n_proj"]} if state.choices else {}))
+                watch.log(row | ({plan.chooser.name: state.choices[-1][plan.chooser.name]} if plan.chooser else {}))
                 state.loss_sum.zero_()
                 state.loss_count = 0
             if watch.stop.signum is not None:

@@ -33,7 +33,7 @@ class TrainState:
         step: steps done. samples: training samples seen. seconds: of training, over all sessions.
         loss_sum, loss_count: the window since the last logging step; the sum stays on the device.
         valid: the validation loss at the last checkpoint. best: the least so far; best_step: the step of its checkpoint.
-        choices: of n_proj=auto, oldest first: step, n_proj, r, and the estimates behind it (directions.py).
+        choices: of n_proj=auto (directions.py) or dsm_cv (mixing.py), oldest first: step, what was chosen, what it rests on.
     """
 
     model: nn.Module
@@ -171,9 +171,7 @@ class Checkpoint:
                 if isinstance(facts[name], bool) or not isinstance(facts[name], int | float):
                     raise Unreadable(f"checkpoint {folder}: {name} is {facts[name]!r}, expected a number")
             if not all(is_choice(row) for row in facts.get("choices", [])):
-                raise Unreadable(
-                    f"checkpoint {folder}: choices is not a list of numbers of directions and their reasons"
-                )
+                raise Unreadable(f"checkpoint {folder}: choices is not a list of what was chosen, and its reasons")
             tensors = {
                 name: load_file(folder / f"{name}.safetensors", device=str(device))
                 for name in ("model", "ema")
@@ -230,12 +228,14 @@ class Checkpoint:
             raise Unreadable("the checkpoint does not fit the run's network: optimizer.pt is another one's")
 
 
+CHOICES = ({"step", "n_proj", "r", "data", "projection"}, {"step", "threshold", "w", "cross", "square"})
+
+
 def is_choice(row: Any) -> bool:
-    """Whether a row of `choices` is one: whole numbers, a ratio, and two lists of numbers."""
-    numbers = [row["r"], *row["data"], *row["projection"]]
-    return all(type(row[name]) is int and row[name] >= 0 for name in ("step", "n_proj")) and all(
-        type(value) in (int, float) for value in numbers
-    )
+    """Whether a row of `choices` is one: of known names, with whole numbers, numbers and lists of numbers."""
+    whole = all(type(row[name]) is int and row[name] >= 0 for name in ("step", "n_proj") if name in row)
+    values = [v for value in row.values() for v in (value if isinstance(value, list) else [value])]
+    return row.keys() in CHOICES and whole and all(type(v) in (int, float) for v in values)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,123 @@
+"""Denoising score matching with sliced score matching as its control variate.
+
+Given t, the gradients of SSM and of DSM in the weights have one mean (Stein's identity), so with their difference as a control
+variate  g = g_DSM + w(t) (g_SSM - g_DSM)  is unbiased for every function w of t alone. As a loss, with DSM's constant left out:
+
+    w (|S|^2 + 2 v^T J v) + (1 - w)(|S - target|^2 - |target|^2) = |S|^2 + 2 w v^T J v - 2 (1 - w) <S, target>
+
+DSM is noisy at small t, where its target hardly depends on the data, SSM at large t. The variance at t is least at
+
+    w* = -E<g_DSM, g_SSM - g_DSM> / E|g_SSM - g_DSM|^2                                            (section 3 of docs/theory.md)
+
+which `training/mixing.py` estimates while training. Directions are pushed for the samples with w > 0 alone. Control variates of
+the same two estimators where the data's energy is known: De Bortoli et al., arXiv 2402.08667.
+"""
+
+import copy
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+from torch.nn import functional as F
+
+from scoresde_cli import divergence
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.losses.base import MinTime, Times, Weighting, draw_times
+from scoresde_cli.losses.ssm import SSM
+from scoresde_cli.projections import Projection
+from scoresde_cli.sdes.base import SDE, Noised
+
+START = 0.25  # the threshold until w has been estimated
+LEAST = 0.2  # smaller weights gain less than a fifth of DSM's variance, and are taken as zero: no direction is pushed for them
+
+
+def sigmoid(ratio: Tensor, threshold: float) -> Tensor:
+    """1 / (1 + (r / r0)^4) of r = sigma / alpha."""
+    return 1.0 / (1.0 + (ratio / threshold) ** 4)
+
+
+class Weights:
+    """w as a function of log(sigma / alpha): linear between nodes, constant beyond them.
+
+    Args:
+        nodes: ascending. values: w there, in [0, 1]; as many.
+    """
+
+    def __init__(self, nodes: Tensor, values: Tensor) -> None:
+        self.nodes, self.values = nodes, values
+
+    def __call__(self, ratio: Tensor) -> Tensor:
+        nodes, values = self.nodes.to(ratio), self.values.to(ratio)
+        at = ratio.log().clamp(nodes[0], nodes[-1])
+        right = torch.searchsorted(nodes, at.contiguous()).clamp(1, len(nodes) - 1)
+        part = (at - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
+        return torch.lerp(values[right - 1], values[right], part)
+
+
+class DSMCV(SSM):
+    """w (|S|^2 + 2 v^T J v) + (1 - w)(|S - grad log p(x_t | x_0)|^2 - |grad log p(x_t | x_0)|^2); its value is that of ISM.
+
+    Args:
+        projection, n_proj: as for SSM, of the samples with w > 0; the trace is exact with n_proj >= d.
+        threshold: auto for the w of least variance, estimated while training; a number r0 for 1 / (1 + (r/r0)^4), r = sigma/alpha.
+        weighting, half, times, t_min: as for every loss (base.py).
+    """
+
+    name = "dsm_cv"
+    formula = "w (|S|^2 + 2 v^T J v) + (1 - w)(|S - grad log p(x_t | x_0)|^2 - const)"
+    needs_kernel = varying = True
+    weights: Weights | None = None  # the estimated ones
+
+    def __init__(
+        self, projection: Projection, n_proj: PositiveInt = 1, threshold: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto",
+        weighting: Weighting = "sigma2", half: bool = False, times: Times = "mixed", t_min: MinTime = 1e-3,
+    ) -> None:  # fmt: skip
+        super().__init__(projection, n_proj, weighting, half, times, t_min)
+        self.threshold = threshold
+
+    def mixture(self, sde: SDE, t: Tensor) -> Tensor:
+        """w, (B,), exactly zero where it is small."""
+        kernel = sde.kernel()
+        assert kernel is not None
+        ratio = kernel.sigma(t) / kernel.alpha(t)
+        if self.weights is not None:
+            w = self.weights(ratio)
+        else:
+            w = sigmoid(ratio, START if self.threshold == "auto" else self.threshold)
+        return torch.where(w < LEAST, 0.0, w)
+
+    def weighing(self, weights: Weights) -> "DSMCV":
+        """The same loss with these weights."""
+        found = copy.copy(self)
+        found.weights = weights
+        return found
+
+    def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:
+        """As for every loss, the times in ascending order, so that the samples with w > 0 come first."""
+        t = draw_times(self.times, len(x0), self.t_min, sde.T, generator).to(x0.dtype).sort().values
+        return t, sde.perturb(x0, t, generator)
+
+    def frame(self, model: FieldModel, x: Tensor, t: Tensor, m: int, generator: torch.Generator) -> Tensor:
+        """(K, m, *D), directions of the first m samples; with n_proj >= d those along the axes, whose mean is the exact trace."""
+        d = x[0].numel()
+        if self.n_proj < d:
+            return self.directions(model, x, t, generator, m)
+        axes = d**0.5 * torch.eye(d, device=x.device, dtype=x.dtype)
+        return axes.unsqueeze(1).expand(d, m, d).reshape(d, m, *x.shape[1:])
+
+    def value(
+        self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        x, w, kernel = noised.x_t, self.mixture(sde, t), sde.kernel()
+        assert kernel is not None
+        target = kernel.targets(x0, noised, t, {"score"})["score"]
+        m = int((w > 0).nonzero().max()) + 1 if bool((w > 0).any()) else 0
+        if m == 0:
+            score, trace = model.score(x, t), torch.zeros_like(t)
+        else:
+            score, projected = divergence.score_and_projections(
+                model, x, t, self.frame(model, x, t, m, generator), True
+            )
+            trace = F.pad(projected.mean(0), (0, len(x) - m))
+        return score.square().flatten(1).sum(1) + 2.0 * (w * trace - (1.0 - w) * divergence.inner(score, target, 1))
