@@ -373,7 +373,7 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     if sampler.t_min < keys.t_min:
         raise ScoreSDEError(f"sampler.t_min={sampler.t_min}: the score is trained on t >= t_min={keys.t_min}")
     law = getattr(loss, "projection", None)
-    if law is not None and type(law).__module__ != projections.__name__:
+    if law is not None and not type(law).__module__.startswith("scoresde_cli."):
         projections.check_law(
             law, data.shape, 4 if keys.n_proj == "auto" else keys.n_proj, keys.batch_size, dtype, type(law).__name__
         )

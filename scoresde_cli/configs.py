@@ -99,6 +99,17 @@ def shipped_targets() -> frozenset[str]:
     return frozenset(found - {""})
 
 
+# Classes that have moved since runs were made with them: {what stands in the config of such a run: where they are now}.
+MOVED = {f"scoresde_cli.projections.{name}": f"scoresde_cli.sketching.{name}" for name in ("HutchPP", "XTrace")}
+
+
+def moved(node: Any) -> Any:
+    """Plain data with each `_target_` that has moved as it is called now."""
+    if isinstance(node, dict):
+        return {key: MOVED.get(str(value), value) if key == "_target_" else moved(value) for key, value in node.items()}
+    return [moved(value) for value in node] if isinstance(node, list) else node
+
+
 def quoted(value: str) -> str:
     """In Hydra's quotes. A backslash is itself there, unless a quote follows; an interpolation is one even there."""
     escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", value).replace("${", "\\${")

@@ -22,7 +22,7 @@ import torch
 
 from scoresde_cli import __version__
 from scoresde_cli.compose import Parts
-from scoresde_cli.configs import shipped_targets
+from scoresde_cli.configs import moved, shipped_targets
 from scoresde_cli.errors import ScoreSDEError, Unreadable, one_line
 from scoresde_cli.networks.model import Gaussian
 from scoresde_cli.provenance import git_state, identity, jsonable, now, versions
@@ -232,7 +232,7 @@ class RunDir:
             text = (self.path / "config.yaml").read_text(encoding="utf-8")
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
                 raise ValueError("it holds aliases, which a run's config never does")
-            config = yaml.safe_load(text)
+            config = moved(yaml.safe_load(text))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
             raise Unreadable(f"{self.path / 'config.yaml'}: not readable ({one_line(problem)[:120]})") from problem
         if not isinstance(config, dict):

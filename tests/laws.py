@@ -3,21 +3,12 @@
 import torch
 
 from scoresde_cli.datasets.oracle import Mixture
-from scoresde_cli.projections import (
-    Coordinate,
-    Gaussian,
-    Hadamard,
-    HutchPP,
-    Orthogonal,
-    Projection,
-    Rademacher,
-    Sphere,
-    XTrace,
-)
+from scoresde_cli.projections import Coordinate, Gaussian, Hadamard, Orthogonal, Projection, Rademacher, Sphere
 from scoresde_cli.sdes.base import LinearSDE
 from scoresde_cli.sdes.subvp import SubVP
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
+from scoresde_cli.sketching import HutchPP, XTrace
 
 SDES: list[LinearSDE] = [VP(), SubVP(), VE(), VP(beta_min=1.0, beta_max=8.0), VE(sigma_min=0.05, sigma_max=5.0)]
 PROJECTIONS: list[Projection] = [

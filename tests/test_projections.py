@@ -7,8 +7,9 @@ import torch
 
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import bonferroni
-from scoresde_cli.projections import Hadamard, Orthogonal, Projection, Sphere, check_law, moments, sketch
+from scoresde_cli.projections import Hadamard, Orthogonal, Projection, Sphere, check_law, moments
 from scoresde_cli.rng import generator, normal
+from scoresde_cli.sketching import sketch
 from tests.laws import ADAPTED, EXACT_AT_D, PROJECTIONS, name
 
 DRAWS = 100_000

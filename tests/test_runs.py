@@ -178,6 +178,15 @@ def test_a_strangers_config_runs_no_code(kind, reader, copy, cli, monkeypatch):
         load_run(copy)
 
 
+def test_a_class_that_moved_is_found_and_our_own_laws_are_not_checked_again(copy, monkeypatch):
+    def rename(config):
+        config["projection"]["_target_"] = config["loss"]["projection"]["_target_"] = "scoresde_cli.projections.XTrace"
+
+    edit_config(copy, rename)
+    monkeypatch.setattr("scoresde_cli.projections.check_law", None)
+    assert type(load_run(copy).parts.loss.projection).__module__ == "scoresde_cli.sketching"
+
+
 def test_trust_allows_a_class_of_ones_own(tmp_path, cli):
     (tmp_path / "mine_law.py").write_text(
         "from scoresde_cli.projections import Rademacher\nclass Law(Rademacher):\n    '''My own law.'''\n"

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "scoresde_cli"
 LEVELS = [
     {"errors", "rng", "configs", "__init__", "checks", "provenance"},
     {"sdes", "projections", "divergence", "fields"},
+    {"sketching"},
     {"losses", "networks", "datasets"},
     {"training", "samplers", "metrics", "likelihood", "identity", "tracking"},
     {"compose"},
