@@ -43,7 +43,7 @@ def run(name: str, module: str, arguments: list[str]) -> int:
 
 def run_sweep(name: str, module: str, flags: list[str], overrides: list[str], arguments: list[str]) -> int:
     """`train -m`: every value checked before the first job; a directory of its own; the failures at the end."""
-    from scoresde_cli import sweeps
+    from scoresde_cli import launching, sweeps
     from scoresde_cli.training.stop import stop_requests
 
     varying, fixed = split_sweep(name, overrides)
@@ -55,7 +55,7 @@ def run_sweep(name: str, module: str, flags: list[str], overrides: list[str], ar
     keys = ",".join(re.split("=", o.lstrip("+~"), maxsplit=1)[0] for o in fixed if not o.startswith("hydra"))
     own = [f"hydra.sweep.dir={configs.quoted(str(folder))}", f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"]
     began = time.time() - 1.0  # the clock of the file system may be coarser
-    with stop_requests(), sweeps.workers():
+    with stop_requests(), launching.workers():
         try:
             code = run_app(name, module, flags, [*overrides, *own], arguments)
         except Stopped as stop:

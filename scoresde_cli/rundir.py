@@ -187,7 +187,10 @@ class RunDir:
     def begin(self, config: Mapping[str, Any], parts: Parts, command: list[str]) -> None:
         """Write what identifies the run: config.yaml, the data's units, run.json; all of it at once, or nothing."""
         for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # by a process that was killed in here
-            shutil.rmtree(left, ignore_errors=True)
+            if (
+                left.name.removeprefix(f".{self.path.name}.").removesuffix(".tmp").isdigit()
+            ):  # not of lr=1.5 beside lr=1
+                shutil.rmtree(left, ignore_errors=True)
         whole = RunDir(self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp"))
         whole.path.mkdir()
         try:

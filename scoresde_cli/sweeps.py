@@ -1,4 +1,4 @@
-"""Sweeps: where the jobs of a grid lie, how they are launched, and how they end.
+"""Sweeps: where the jobs of a grid lie, and how they end.
 
 A sweep's directory is named after what its jobs share, a job's after what varies: the same command finds both again. Each job
 leaves either a finished run, or a file JOB.failed.json beside it with its last line, which the end of the sweep lists whatever
@@ -8,18 +8,16 @@ process the job ran in. (Hydra itself shows the first failure of a parallel laun
 import json
 import os
 import re
-import signal
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scoresde_cli.configs import quoted
+from scoresde_cli.claims import BEGAN, PATIENCE, follow_parent
 from scoresde_cli.errors import ScoreSDEError, in_words, one_line
 from scoresde_cli.provenance import ASIDE, difference, digest
 from scoresde_cli.rundir import RunDir
@@ -27,8 +25,6 @@ from scoresde_cli.tracking import console
 from scoresde_cli.training.state import write_durably
 
 LONGEST = 100  # characters of a name
-PARENT = "SCORESDE_PARENT"  # in the environment of workers: the process that started them
-PATIENCE = 15.0  # seconds for the processes of a sweep that was killed to let go of their runs
 
 
 def slug(text: str) -> str:
@@ -85,10 +81,21 @@ def outcome(folder: Path) -> Iterator[None]:
         yield
     except Exception as problem:
         line, code = in_words(problem) or (f"internal error: {type(problem).__name__}: {problem}", 1)
-        entry = {"line": one_line(line), "code": code, "traceback": traceback.format_exc()}
-        console.warn(f"{folder.name} failed: {entry['line']}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(file, (json.dumps(entry, indent=1) + "\n").encode())
+        give_up(folder, one_line(line), code, traceback.format_exc())
+
+
+def give_up(folder: Path, line: str, code: int = ScoreSDEError.exit_code, trace: str = "") -> None:
+    """Say that a job failed, and keep it beside its directory."""
+    console.warn(f"{folder.name} failed: {line}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"line": line, "code": code, "traceback": trace}
+    write_durably(failure_file(folder), (json.dumps(entry, indent=1) + "\n").encode())
+
+
+def failed_meanwhile(folder: Path) -> bool:
+    """Whether a job has failed since this sweep began: in another one of the same jobs, or before a worker was lost."""
+    began, file = os.environ.get(BEGAN), failure_file(folder)
+    return began is not None and file.is_file() and file.stat().st_mtime >= float(began)
 
 
 def failures(folder: Path, since: float = 0.0) -> list[Failure]:
@@ -150,22 +157,6 @@ def await_release(run: RunDir) -> None:
         time.sleep(0.2)
 
 
-def follow_parent() -> None:
-    """In a worker process: ask it to stop, as SIGTERM does, when the process that started it is no more."""
-    if any(thread.name == "follow-parent" for thread in threading.enumerate()):
-        return
-    parent = int(os.environ.get(PARENT, os.getppid()))  # as it was before this process began
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(PATIENCE)  # to save; afterwards a worker would wait for its next job forever
-        os._exit(143)
-
-    threading.Thread(target=watch, name="follow-parent", daemon=True).start()
-
-
 def composed(overrides: Sequence[str], hydra_overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The resolved config of `train` with these overrides. Inside a Hydra app."""
     from hydra.core.global_hydra import GlobalHydra
@@ -177,42 +168,3 @@ def composed(overrides: Sequence[str], hydra_overrides: Sequence[str] = ()) -> d
     with open_dict(config):
         del config["hydra"]
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-
-
-def launch(
-    jobs: Sequence[Sequence[str]], task: Callable[[Any], Any], folder: Path, hydra_overrides: Sequence[str]
-) -> None:
-    """Run jobs, each a list of overrides of `train`, by the launcher that the overrides of Hydra name. Inside a Hydra app."""
-    from hydra._internal.callbacks import Callbacks
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.plugins import Plugins
-    from hydra.types import HydraContext, RunMode
-
-    loader = GlobalHydra.instance().config_loader()
-    overrides = [
-        *hydra_overrides,
-        "hydra.mode=MULTIRUN",
-        f"hydra.sweep.dir={quoted(str(folder))}",
-        "hydra.sweep.subdir=.",
-    ]
-    config = loader.load_configuration("train", overrides, run_mode=RunMode.MULTIRUN)
-    context = HydraContext(config_loader=loader, callbacks=Callbacks())
-    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-    with workers():
-        launcher.launch(jobs, initial_job_idx=0)
-
-
-@contextmanager
-def workers() -> Iterator[None]:
-    """Processes that are started in here know whom to follow; one that is killed from outside becomes a line."""
-    os.environ[PARENT] = str(os.getpid())
-    try:
-        yield
-    except Exception as problem:
-        if type(problem).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool"):
-            raise
-        raise ScoreSDEError(
-            "a worker was killed from outside (out of memory?); the same command goes on with the rest"
-        ) from None
-    finally:
-        os.environ.pop(PARENT, None)

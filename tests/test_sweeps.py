@@ -1,5 +1,6 @@
 """Sweeps: every job finds its directory again; what is done, cut, failed or another's is told apart."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from scoresde_cli import sweeps
+from scoresde_cli import claims, launching, sweeps
 from tests.conftest import NO_FIGURES, SMALL
 
 TINY = [*SMALL, *NO_FIGURES]
@@ -163,9 +165,25 @@ def test_workers_give_the_same_numbers_and_their_failures_reach_the_end(tmp_path
     assert "step 60/60" in (tmp_path / "two/logs/n_proj=1,optimizer.lr=0.001.txt").read_text()
 
 
+def worker_of(folder: Path, parent: subprocess.Popen) -> int:
+    """The pid of a process that works on a job for this parent."""
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        for file in folder.glob(".*.claim"):
+            with contextlib.suppress(OSError, ValueError):
+                facts = json.loads(file.read_text())
+                if facts["sweep"].startswith(f"{parent.pid} "):
+                    return facts["pid"]
+        time.sleep(0.05)
+    raise AssertionError("no job was begun")
+
+
 def test_killed_workers_and_parents_leave_a_sweep_that_goes_on(tmp_path, cli):
-    """SIGKILL of the parent: its workers save and stop by themselves, and the same command ends with the undisturbed numbers."""
-    argv = [*TINY, "n_proj=1,2", "loss=ssm", "steps=800", "checkpoint.every=50", "threads=1"]
+    """SIGKILL of the parent: its workers save and stop by themselves, and the same command ends with the undisturbed numbers.
+
+    SIGKILL of a worker: the jobs of the pool go on in a fresh one, and nothing is said to have failed.
+    """
+    argv = [*TINY, "n_proj=1,2", "loss=ssm", "steps=240", "checkpoint.every=20", "threads=1"]
     scoresde = [Path(sys.executable).parent / "scoresde", "train", "-m"]
     command = [*scoresde, *argv, "hydra/launcher=joblib", "hydra.sweep.dir=cut"]
     cut = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -175,8 +193,78 @@ def test_killed_workers_and_parents_leave_a_sweep_that_goes_on(tmp_path, cli):
     os.kill(cut.pid, signal.SIGKILL)
     cut.wait()
     assert not list(tmp_path.glob("cut/*/summary.json"))
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    again = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    os.kill(worker_of(tmp_path / "cut", again), signal.SIGKILL)
+    out, _ = again.communicate()
+    assert again.returncode == 0, out
+    assert "a worker was killed from outside" in out
+    assert "2 finished" in out
+    assert not list(tmp_path.glob("cut/.*.claim"))
     code, _, err = cli("train", "-m", *argv, f"hydra.sweep.dir={tmp_path}/whole")
     assert code == 0, err
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+class TerminatedWorkerError(Exception):
+    """As joblib's is called."""
+
+
+def test_a_job_that_kills_its_worker_again_and_again_is_given_up_and_the_others_go_on(tmp_path, monkeypatch):
+    """Two jobs at a time, of which job 1 ends the pool whenever it is begun."""
+    monkeypatch.setenv(claims.BEGAN, str(time.time()))
+    rounds, done = [], set()
+
+    def once(launcher, jobs, first):
+        rounds.append([int(job[0]) for job in jobs])
+        open_ = [n for n in rounds[-1] if n not in done and not sweeps.failed_meanwhile(tmp_path / f"job{n}")]
+        while open_:
+            pair, open_ = open_[:2], open_[2:]
+            for n in pair:
+                owner = {"sweep": claims.sweep(), "pid": 1, "job": first + rounds[-1].index(n)}
+                (tmp_path / f".job{n}.claim").write_text(json.dumps(owner))
+            if 1 in pair:
+                raise TerminatedWorkerError
+            for n in pair:
+                (tmp_path / f".job{n}.claim").unlink()
+                done.add(n)
+        return "results"
+
+    sweep = SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path))))
+    launcher = SimpleNamespace(config=sweep, task_function=None)
+    every = [0, 1, 2, 3]
+    assert launching.patient(once)(launcher, [[str(n)] for n in every], 0) == "results"
+    assert sorted(rounds[2:4]) == [[0], [1]]  # those that were lost twice, alone
+    assert [rounds[i] for i in (0, 1, 4)] == [every] * 3
+    assert done == {0, 2, 3}
+    (failure,) = sweeps.failures(tmp_path)
+    assert failure.name == "job1"
+    assert "killed from outside (out of memory?) 3 times" in failure.line
+
+
+def test_two_sweeps_of_the_same_jobs_do_each_of_them_once(tmp_path, cli):
+    argv = ["train", "-m", *TINY, "n_proj=1,2", "loss=ssm", "hydra.sweep.dir=both", "steps=150"]
+    scoresde = Path(sys.executable).parent / "scoresde"
+    one = subprocess.Popen(
+        [scoresde, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    worker_of(tmp_path / "both", one)
+    code, out, err = cli(*argv)
+    first, _ = one.communicate()
+    assert (code, one.returncode) == (0, 0), err + first
+    assert "run by another sweep" in out + err
+    assert (out + first).count("training done") == 2
+    assert len(numbers(tmp_path / "both")) == 2
+    assert not list(tmp_path.glob("both/*.failed.json"))
+
+
+def test_a_failure_in_the_other_of_two_sweeps_is_told_and_not_tried_again(tmp_path, monkeypatch):
+    sweeps.give_up(tmp_path / "job", "no such file")
+    monkeypatch.setenv(claims.BEGAN, "0")
+    assert sweeps.failed_meanwhile(tmp_path / "job")
+    monkeypatch.setenv(claims.BEGAN, str(time.time() + 1))
+    assert not sweeps.failed_meanwhile(tmp_path / "job")
+
+
+def test_joblib_with_one_worker_stays_in_its_process(tmp_path, cli):
+    code, _, err = cli("train", "-m", "n_proj=1", *TINY, "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
+    assert code == 0, err

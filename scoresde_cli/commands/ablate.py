@@ -11,10 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from scoresde_cli import sweeps
 from scoresde_cli.checks import check_call
+from scoresde_cli.claims import claim
 from scoresde_cli.commands import report, train
 from scoresde_cli.compose import build, check
 from scoresde_cli.configs import quoted
 from scoresde_cli.errors import ScoreSDEError, Stopped, in_words
+from scoresde_cli.launching import launch
 from scoresde_cli.provenance import command_line, difference, digest, git_state, now, versions
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.studies.base import Job, Size, Study
@@ -53,8 +55,10 @@ class Perform:
         study: Study = build(self.node, "study", size=self.size, run=self.run)
         if study.trains:
             return train.job(plain, list(hydra.overrides.task), folder, launcher, self.total)
-        with sweeps.worker(folder, launcher, self.total), sweeps.outcome(folder):
-            study.measure(plain, folder)
+        with sweeps.worker(folder, launcher, self.total), claim(folder, hydra.job.num):
+            if not study.done(folder) and not sweeps.failed_meanwhile(folder):
+                with sweeps.outcome(folder):
+                    study.measure(plain, folder)
         return 0.0
 
 
@@ -113,23 +117,23 @@ def key_of(override: str) -> str:
 def begin(folder: Path, about: dict[str, Any], jobs: Sequence[Job]) -> Path:
     """The study's directory with its study.json; the one that is there already if it is the same study's."""
     plan = {"jobs": [{"overrides": list(j.overrides), "setting": j.setting, "seed": j.seed} for j in jobs]}
+    facts = {
+        **about, "command": command_line(), "started": now(), "versions": versions(), "git": git_state(), "seconds": 0.0, **plan,
+    }  # fmt: skip
     try:
-        if (folder / "study.json").is_file():
-            before = report.read_study(folder)
-            found = difference({key: before.get(key) for key in about}, about)
-            if found:
-                raise ScoreSDEError(f"{folder}: holds another study ({found}); choose another directory with dir=")
-            report.write_study(folder, before | plan)
-            return folder
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ScoreSDEError(f"dir={folder}: neither new, nor empty, nor the directory of a study")
-        folder.mkdir(parents=True, exist_ok=True)
+        with claim(folder.absolute()):
+            if (folder / "study.json").is_file():
+                before = report.read_study(folder)
+                found = difference({key: before.get(key) for key in about}, about)
+                if found:
+                    raise ScoreSDEError(f"{folder}: holds another study ({found}); choose another directory with dir=")
+                facts = before | plan
+            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ScoreSDEError(f"dir={folder}: neither new, nor empty, nor the directory of a study")
+            folder.mkdir(parents=True, exist_ok=True)
+            report.write_study(folder, facts)
     except OSError as problem:
         raise ScoreSDEError(f"{folder}: cannot be used ({problem.strerror})") from None
-    report.write_study(folder, {
-        **about, "command": command_line(), "started": now(), "versions": versions(), "git": git_state(), "seconds": 0.0,
-        **plan,
-    })  # fmt: skip
     return folder
 
 
@@ -158,7 +162,7 @@ def perform(jobs: Sequence[Job], one: Perform, folder: Path, hydra: Sequence[str
     lists = [[*job.overrides, *more, f"dir={quoted(str(folder / 'runs' / job.name))}"] for job in jobs]
     with stop_requests():
         try:
-            sweeps.launch(lists, one, folder / "runs", hydra)
+            launch(lists, one, folder / "runs", hydra)
         except (Stopped, KeyboardInterrupt) as stop:
             words, code = in_words(stop) or ("", 130)
             raise Stopped(f"{words}; the same command goes on with the study in {folder}", code) from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from scoresde_cli import evaluation, sweeps
 from scoresde_cli.advice import advice
+from scoresde_cli.claims import claim
 from scoresde_cli.compose import NLLKeys, Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.likelihood import Flow
@@ -60,8 +62,15 @@ def job(config: dict[str, Any], overrides: list[str], folder: Path, launcher: st
     The number in its summary that a sweeper such as Optuna is to make small, `objective`; NaN where the job failed, whose last
     line is kept (sweeps.outcome).
     """
+    from hydra.core.hydra_config import HydraConfig
+
     found = float("nan")
-    with sweeps.worker(folder, launcher, total), sweeps.outcome(folder):
+    with ExitStack() as stack:
+        stack.enter_context(sweeps.worker(folder, launcher, total))
+        stack.enter_context(claim(folder, HydraConfig.get().job.num))
+        if sweeps.failed_meanwhile(folder):
+            return found
+        stack.enter_context(sweeps.outcome(folder))
         if launcher == "joblib":  # as many jobs as there are cores
             config = {**config, "threads": config["threads"] or 1}
         tracker = {**config["tracker"], "group": config["tracker"].get("group") or folder.parent.name}
