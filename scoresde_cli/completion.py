@@ -7,6 +7,9 @@ from scoresde_cli import configs
 from scoresde_cli.errors import ScoreSDEError
 
 SHELLS = ("bash", "zsh", "fish")
+SIZES = ("smoke", "quick", "full")  # of a study (studies.base.Size, which is not imported here: it needs torch)
+PATHS = ("run", "resume", "dir", "dirs")
+TAKES_FOLDERS = ("sample", "evaluate", "rerun", "report")  # without a key
 
 
 def main(arguments: list[str]) -> int:
@@ -48,4 +51,29 @@ def complete(line: str) -> list[str] | tuple[str, str]:
         return [g for g in [*configs.groups("ablate"), "runs"] if g.startswith(typed[-1])]
     if command not in COMMANDS or not COMMANDS[command][1]:
         return []
-    return command, " ".join([words[0], *typed[1:]])
+    key, equals, value = typed[-1].partition("=")
+    if command == "ablate" and key == "size" and equals:
+        return [f"size={size}" for size in SIZES if size.startswith(value)]
+    if equals and key in PATHS:
+        return [f"{key}={folder}" for folder in folders(value)]
+    overrides = [word for word in typed[1:-1] if "=" in word or command not in TAKES_FOLDERS]
+    if command in TAKES_FOLDERS and not equals and not overrides:
+        found = folders(key)
+        if found or "/" in key:
+            return found
+    return command, " ".join([words[0], *overrides, typed[-1]])
+
+
+def folders(begun: str) -> list[str]:
+    """The directories whose path begins so, each with the slash behind it. A hidden one where its dot is typed."""
+    tail = begun.rpartition("/")[2]
+    above = begun[: len(begun) - len(tail)]
+    try:
+        names = [entry.name for entry in os.scandir(os.path.expanduser(above) or ".") if entry.is_dir()]
+    except OSError:
+        return []
+    return sorted(
+        f"{above}{name}/"
+        for name in names
+        if name.startswith(tail) and " " not in name and (tail.startswith(".") or not name.startswith("."))
+    )

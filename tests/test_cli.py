@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from scoresde_cli import configs
+from scoresde_cli import completion, configs
 from scoresde_cli.cli import COMMANDS
+from scoresde_cli.studies.base import Size
 from tests.conftest import NO_FIGURES, SMALL
 
+PACKAGE = Path(configs.__file__).parent
 WITHOUT_TORCH = """
 import sys
 from scoresde_cli.cli import main
@@ -70,6 +73,13 @@ def test_every_option_says_what_it_is(group):
         ("scoresde train optimizer.l", ["optimizer.lr="]),
         ("scoresde sample sampler=h", ["sampler=heun_ode"]),
         ("scoresde list pro", ["projection"]),
+        ("scoresde ablate size=", [f"size={size}" for size in get_args(Size)]),
+        ("scoresde ablate study=loss size=q", ["size=quick"]),
+        ("scoresde ablate study=", ["study=n_proj"]),
+        (f"scoresde report {PACKAGE}/comm", [f"{PACKAGE}/commands/"]),
+        (f"scoresde report {PACKAGE}/commands {PACKAGE}/", [f"{PACKAGE}/commands/", f"{PACKAGE}/losses/"]),
+        (f"scoresde sample run={PACKAGE}/comm", [f"run={PACKAGE}/commands/"]),
+        (f"scoresde report {PACKAGE} metr", ["metrics="]),
     ],
 )
 def test_completion_offers_commands_groups_options_and_keys(line, offers):
@@ -77,6 +87,16 @@ def test_completion_offers_commands_groups_options_and_keys(line, offers):
     assert set(offers) <= set(out.split())
     assert "torch" not in heavy
     assert "matplotlib" not in heavy
+
+
+def test_completion_offers_no_hidden_folders_and_none_that_are_not_there(tmp_path, monkeypatch):
+    for name in ("runs", ".git", "a b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert completion.complete("scoresde report ") == ["runs/"]
+    assert completion.complete("scoresde report .g") == [".git/"]
+    assert completion.complete("scoresde report runs/") == []
 
 
 def test_completion_installs_in_bash():
