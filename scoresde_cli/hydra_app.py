@@ -38,6 +38,8 @@ def run(name: str, module: str, arguments: list[str]) -> int:
         )
     if sweep and name == "train":
         return run_sweep(name, module, flags, overrides, arguments)
+    if sweep:
+        check_values(name, flags, *split_sweep(name, overrides))
     return run_app(name, module, flags, overrides, arguments)
 
 
@@ -89,11 +91,9 @@ def split_sweep(name: str, overrides: list[str]) -> tuple[dict[str, list[str]], 
 
 
 def check_values(name: str, flags: list[str], varying: dict[str, list[str]], fixed: list[str]) -> None:
-    """Compose and check the first job, and each other value of each key beside the first of the others."""
+    """Compose the first job, and each other value of each key beside the first of the others; check those of `train`."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
-
-    from scoresde_cli.compose import check
 
     first = {key: values[0] for key, values in varying.items() if values}
     picks = [first] + [{**first, key: value} for key, values in varying.items() for value in values[1:]]
@@ -109,7 +109,8 @@ def check_values(name: str, flags: list[str], varying: dict[str, list[str]], fix
             overrides = [*plain, *(f"{key}={value}" for key, value in pick.items())]
             try:
                 config = compose(name, [*overrides, *own])
-                check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+                if name == "train":
+                    importlib.import_module("scoresde_cli.compose").check(OmegaConf.to_container(config, resolve=True))
             except ScoreSDEError:
                 raise
             except Exception as problem:
@@ -238,10 +239,10 @@ def translate(problem: Exception, name: str, overrides: list[str]) -> ScoreSDEEr
         return ScoreSDEError(
             f"{culprit!r}: not readable as key=value; a value with odd characters goes in quotes: \"key='a b'\""
         )
-    option = re.search(r"Could not find '([^/]+)/([^']*)'", text)
+    option = re.search(r"Could not find '(.+)/([^'/]*)'", text)
     if option:
         group, given = option.groups()
-        choices = configs.options(group)
+        choices = configs.options(group) or re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         if choices:
             return ScoreSDEError(
                 f"{group}={given}: no such option; expected one of {', '.join(choices)}{nearest(given, choices)}"

@@ -168,6 +168,24 @@ def test_a_sweep_of_samples_writes_a_file_a_job(here, trained):
     assert not np.array_equal(*written)
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["sample", "-m", "sede=0,1"], "did you mean 'seed'"),
+        (["sample", "-m", "seed=0,1", "sampler=heun"], "heun_ode"),
+        (["sample", "-m", "sampler=heun_ode,heum_ode"], "did you mean 'heun_ode'"),
+        (["train", "-m", "n_proj=1,2", "hydra/launcher=joblb"], "did you mean 'joblib'"),
+        (["train", "-m", "n_proj=1,2", "hydra.sweep.dr=x"], "unknown key"),
+    ],
+)
+def test_a_sweep_that_is_misspelt_leaves_nothing_behind(cli, tmp_path, argv, says):
+    code, _, err = cli(*argv, *(["run=nowhere"] if argv[0] == "sample" else []))
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_samples_that_are_no_numbers_are_told(here):
     code, _, err = here("sample", "n=20", "sampler=langevin", "sampler.step_size=10", "sampler.steps=200", "out=x.csv")
     assert code == 0
