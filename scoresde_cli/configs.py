@@ -1,9 +1,12 @@
 """Where conf/ is and what stands in it, read as text: help, completion and `list` use this and need nothing heavy."""
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from scoresde_cli.errors import ScoreSDEError
 
 COMMANDS = ("train", "sample", "evaluate", "ablate", "report", "verify", "rerun")
 
@@ -97,6 +100,28 @@ def shipped_targets() -> frozenset[str]:
     for path in conf_dir().glob("*/*.yaml"):
         found.add(load(path).get("_target_", ""))
     return frozenset(found - {""})
+
+
+def refuse_foreign(node: Any, file: Path, where: str, trust: bool) -> None:
+    """Walk a stranger's config: raise at the first thing that could run code."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            name = f"{where}.{key}" if where else str(key)
+            if key == "_target_":
+                if not trust and (not isinstance(value, str) or value not in shipped_targets()):
+                    raise ScoreSDEError(
+                        f"{file}: {name}={value} is not a part of scoresde; it was not run "
+                        "(if you trust whoever made this run, say trust=true)"
+                    )
+            elif str(key).startswith("_"):
+                raise ScoreSDEError(f"{file}: the key {name} is not allowed in a run's config")
+            else:
+                refuse_foreign(value, file, name, trust)
+    elif isinstance(node, list):
+        for value in node:
+            refuse_foreign(value, file, where, trust)
+    elif isinstance(node, str) and "${" in node:
+        raise ScoreSDEError(f"{file}: {where} holds an interpolation, which a run's resolved config never does")
 
 
 # Classes that have moved since runs were made with them: {what stands in the config of such a run: where they are now}.

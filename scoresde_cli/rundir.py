@@ -22,7 +22,7 @@ import torch
 
 from scoresde_cli import __version__
 from scoresde_cli.compose import Parts
-from scoresde_cli.configs import moved, shipped_targets
+from scoresde_cli.configs import moved, refuse_foreign
 from scoresde_cli.errors import ScoreSDEError, Unreadable, one_line
 from scoresde_cli.networks.model import Gaussian
 from scoresde_cli.provenance import git_state, identity, jsonable, now, versions
@@ -112,7 +112,8 @@ class RunDir:
         """run.json."""
         found = self._json("run.json")
         if found.get("format") == FORMAT:
-            for name, kind in (("status", str), ("data", dict), ("sessions", list)):
+            kinds = {"status": str, "data": dict, "sessions": list, "seed": int, "host": str}
+            for name, kind in kinds.items():
                 if not isinstance(found.get(name), kind):
                     raise Unreadable(f"{self.path / 'run.json'}: damaged ({name} is {found.get(name)!r})")
         return found
@@ -121,16 +122,14 @@ class RunDir:
         """summary.json, empty where the run has not come so far."""
         found = self._json("summary.json") if (self.path / "summary.json").exists() else {}
         try:
-            for entry in found.values():
-                entry["value"] = float(entry["value"])
+            return {name: measured(entry) for name, entry in found.items()}
         except (TypeError, KeyError, ValueError):
             raise Unreadable(f"{self.path / 'summary.json'}: expected entries with a value each") from None
-        return found
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, RecursionError) as problem:
             raise Unreadable(f"{self.path / name}: not readable ({one_line(problem)[:120]})") from problem
         if not isinstance(found, dict):
             raise Unreadable(f"{self.path / name}: expected an object, found {type(found).__name__}")
@@ -271,26 +270,13 @@ class RunDir:
         return unpack_data(self.path / "data.safetensors")
 
 
-def refuse_foreign(node: Any, file: Path, where: str, trust: bool) -> None:
-    """Walk a stranger's config: raise at the first thing that could run code."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            name = f"{where}.{key}" if where else str(key)
-            if key == "_target_":
-                if not trust and (not isinstance(value, str) or value not in shipped_targets()):
-                    raise ScoreSDEError(
-                        f"{file}: {name}={value} is not a part of scoresde; it was not run "
-                        "(if you trust whoever made this run, say trust=true)"
-                    )
-            elif str(key).startswith("_"):
-                raise ScoreSDEError(f"{file}: the key {name} is not allowed in a run's config")
-            else:
-                refuse_foreign(value, file, name, trust)
-    elif isinstance(node, list):
-        for value in node:
-            refuse_foreign(value, file, where, trust)
-    elif isinstance(node, str) and "${" in node:
-        raise ScoreSDEError(f"{file}: {where} holds an interpolation, which a run's resolved config never does")
+def measured(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a summary with all its fields; NaN and infinities stand as text in JSON. Raises where it is none."""
+    whole = {"ci": None, "floor": None, "floor_high": None, "unit": "", "protocol": {}, **entry}
+    if not isinstance(whole["unit"], str) or not isinstance(whole["protocol"], dict):
+        raise TypeError
+    high = whole["floor_high"]
+    return whole | {"value": float(entry["value"]), "floor_high": None if high is None else float(high)}
 
 
 def recent(roots: tuple[str, ...] = ("outputs", "multirun")) -> list[RunDir]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scoresde_cli.claims import BEGAN, PATIENCE, follow_parent
-from scoresde_cli.errors import ScoreSDEError, in_words, one_line
+from scoresde_cli.errors import ScoreSDEError, Unreadable, in_words, one_line
 from scoresde_cli.provenance import ASIDE, difference, digest
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.tracking import console
@@ -105,8 +105,12 @@ def failures(folder: Path, since: float = 0.0) -> list[Failure]:
         written, summary = file.stat().st_mtime, folder / file.name.removesuffix(".failed.json") / "summary.json"
         overtaken = summary.is_file() and summary.stat().st_mtime > written  # another process has done it meanwhile
         if written >= since and not overtaken:
-            entry = json.loads(file.read_text())
-            found.append(Failure(file.name.removesuffix(".failed.json"), entry["line"], entry["code"]))
+            try:
+                entry = json.loads(file.read_text())
+                line, code = str(entry["line"]), int(entry["code"])
+            except (OSError, ValueError, KeyError, TypeError):
+                line, code = f"{file} is not readable", Unreadable.exit_code
+            found.append(Failure(file.name.removesuffix(".failed.json"), line, code))
     return found
 
 
@@ -122,12 +126,20 @@ class JobsFailed(ScoreSDEError):
 def conclude(folder: Path, since: float = 0.0) -> None:
     """Say what the jobs of a sweep came to. Raises JobsFailed where any of them failed, after a line for each."""
     files = [file for file in folder.glob("*/run.json") if not file.parent.name.startswith(".")]
-    count = Counter(RunDir(file.parent).status() for file in files)
+    count = Counter(status(RunDir(file.parent)) for file in files)
     if count:
         console.note(f"sweep    {folder}: {', '.join(f'{n} {status}' for status, n in count.most_common())}")
     raise_failures(folder, since)
     if count:
         console.note(f"next     scoresde report {folder}")
+
+
+def status(run: RunDir) -> str:
+    """What became of a run, damaged ones among them."""
+    try:
+        return run.status()
+    except Unreadable:
+        return "unreadable"
 
 
 def raise_failures(folder: Path, since: float = 0.0) -> None:

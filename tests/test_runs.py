@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from scoresde_cli import load_run
+from scoresde_cli import load_run, sweeps
+from scoresde_cli.commands.report import readable
 from scoresde_cli.errors import ScoreSDEError, Unreadable
 from scoresde_cli.rundir import FORMAT, RunDir
+from scoresde_cli.studies.base import collect
+from scoresde_cli.tracking.jsonl import read_rows
 from scoresde_cli.training.state import checkpoints
 from tests.conftest import NO_FIGURES, SMALL
 
@@ -288,6 +292,9 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, reader, copy, cl
         (lambda run: edit_config(run, lambda c: c.pop("loss")), "loss is missing"),
         (lambda run: edit_config(run, lambda c: c["sde"].update(_target_=["a"])), "was not run"),
         (lambda run: RunDir(run).update(status=None), "damaged"),
+        (lambda run: RunDir(run).update(seed=None), "damaged"),
+        (lambda run: RunDir(run).update(host=None), "damaged"),
+        (lambda run: (run / "run.json").write_text("[" * 100_000), "not readable"),
         (lambda run: shutil.rmtree(run), "no such directory"),
     ],
 )
@@ -298,6 +305,73 @@ def test_a_directory_that_is_no_run_is_refused_in_one_line(change, says, reader,
     assert code in (2, 4)
     assert len(err.strip().splitlines()) == 1
     assert says in err
+
+
+def without(name):
+    """run.json without one of its facts."""
+    return lambda run: (run / "run.json").write_text(
+        json.dumps({k: v for k, v in RunDir(run).facts().items() if k != name})
+    )
+
+
+def alter(entry):
+    return lambda run: (run / "summary.json").write_text(json.dumps({"loss": entry}))
+
+
+DAMAGES = {
+    "no seed": without("seed"),
+    "no host": without("host"),
+    "cut summary": lambda run: (run / "summary.json").write_bytes((run / "summary.json").read_bytes()[:200]),
+    "empty summary": lambda run: (run / "summary.json").write_text(""),
+    "no value": alter({"unit": "loss"}),
+    "strange protocol": alter({"value": 1.0, "protocol": "none"}),
+    "strange unit": alter({"value": 1.0, "unit": []}),
+    "cut config": lambda run: (run / "config.yaml").write_text("a: [1"),
+    "binary": lambda run: (run / "run.json").write_bytes(bytes(range(256))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_left_out_of_a_report_with_its_reason(damage, copy, cli, tmp_path):
+    DAMAGES[damage](copy)
+    code, _, err = cli("report", str(copy))
+    assert code == 4
+    assert len(err.strip().splitlines()) == 1
+    runs, problems = readable([copy / "run.json"], trust=False)
+    assert runs == []
+    assert str(copy) in problems[0]
+    if damage != "cut config":  # a study knows its jobs' settings, and reads no config
+        (found,) = collect(tmp_path, [SimpleNamespace(name="copy", setting={}, seed=0)])
+        assert found.status == "unreadable"
+
+
+def test_what_may_be_missing_of_a_run_does_not_stop_a_report(trained, copy, cli, tmp_path, monkeypatch):
+    """Two sound runs, one without metrics, one of them with a bare summary; a damaged one; links that lead nowhere."""
+    (copy / "metrics.jsonl").write_text("")
+    alter({"value": 1.0})(copy)
+    shutil.copytree(trained, tmp_path / "damaged")
+    without("seed")(tmp_path / "damaged")
+    shutil.copytree(trained, tmp_path / "sound")
+    edit_config(tmp_path / "sound", lambda c: c.update(batch_size=5))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "up").symlink_to(tmp_path)
+    monkeypatch.setattr("scoresde_cli.studies.charts.dots", lambda panel, path, title: path)
+    monkeypatch.setattr("scoresde_cli.commands.report.show", lambda made, out, tracker: print(*made.notes, made.title))
+    code, out, err = cli("report", str(tmp_path), "metrics=[loss]")
+    assert code == 0, err
+    assert "2 runs" in out
+    assert f"left out: {tmp_path}/damaged/run.json: damaged (seed is None)" in out
+
+
+def test_rows_that_are_none_are_left_out_of_the_metrics(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n7\n{"loss": 2}\n\xff\n{"step": 2, "lo')
+    assert read_rows(tmp_path / "m.jsonl") == [{"step": 1}]
+
+
+def test_a_failure_that_is_not_readable_is_a_failure(tmp_path):
+    (tmp_path / "job.failed.json").write_text('{"line": "x"')
+    (found,) = sweeps.failures(tmp_path)
+    assert found.code == 4
 
 
 def seal(checkpoint, name):

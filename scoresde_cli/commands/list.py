@@ -1,7 +1,7 @@
 """`scoresde list`: groups, options and their keys; `list runs`: the runs below this folder."""
 
 from scoresde_cli import configs
-from scoresde_cli.errors import ScoreSDEError, nearest
+from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest
 
 
 def main(arguments: list[str]) -> int:
@@ -45,11 +45,15 @@ def runs() -> int:
     if not found:
         note("no runs below outputs/ or multirun/ in this folder")
     for run in found:
-        summary = run.summary()
+        try:
+            summary, became = run.summary(), run.status()
+        except Unreadable as problem:
+            note(str(problem))
+            continue
         shown = [
             f"{k} {number(summary[k]['value'])}"
             for k in ("score_error", "sliced_wasserstein", "loss_gain")
             if k in summary
         ]
-        note(f"{run.path}  {run.status():<9}  {'  '.join(shown)}")
+        note(f"{run.path}  {became:<9}  {'  '.join(shown)}")
     return 0

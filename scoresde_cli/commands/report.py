@@ -51,9 +51,7 @@ def task(config: DictConfig) -> None:
     if len(folders) == 1 and (folders[0] / "study.json").is_file():
         publish(folders[0], tracker, None, out, keys["metrics"], keys["trust"])
         return
-    runs = find_runs(folders)
-    for run in runs:
-        run.config(keys["trust"])
+    runs, left_out = find_runs(folders, keys["trust"])
     known = dict.fromkeys(name for run in runs for name in run.summary())
     for name in keys["metrics"] or []:
         if name not in known:
@@ -61,6 +59,7 @@ def task(config: DictConfig) -> None:
                 f"metrics={name}: no run has measured it; expected of {', '.join(known)}{nearest(name, known)}"
             )
     found = of_runs(runs, keys["metrics"] or METRICS, out / "figures")
+    found.notes.extend(left_out)
     made = as_report(f"{len(runs)} runs", "How do these runs compare?", found, protocol(runs), 0.0, command_line())
     show(made, out, tracker)
 
@@ -80,8 +79,11 @@ def read_study(folder: Path) -> dict[str, Any]:
             if not isinstance(found[name], kind):
                 raise ValueError(f"{name} is {found[name]!r}")
         for job in found["jobs"]:
-            if not isinstance(job["setting"], dict) or not isinstance(job["overrides"], list):
+            kinds = {"setting": dict, "overrides": list, "seed": int}
+            if not all(isinstance(job[name], kind) for name, kind in kinds.items()):
                 raise ValueError("a job is damaged")
+        if not isinstance(found["node"].get("sizes"), dict):
+            raise ValueError("node.sizes is missing")
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise Unreadable(f"{folder / 'study.json'}: not readable ({problem})") from None
     return found
@@ -102,10 +104,11 @@ def publish(
         if "_target_" in flat(facts["node"]["sizes"]):
             raise ScoreSDEError(f"{folder / 'study.json'}: node.sizes holds a _target_, which a study never does")
         study = build(facts["node"], "study", size=facts["size"], run=facts["run"])
-    assert isinstance(study, Study)
+    if not isinstance(study, Study):
+        raise Unreadable(f"{folder / 'study.json'}: node._target_={facts['node']['_target_']} is no study")
     jobs = [Job(tuple(j["overrides"]), j["setting"], j["seed"]) for j in facts["jobs"]]
     found = study.findings(folder / "runs", jobs, out / "figures", metrics)
-    runs = [RunDir(file.parent) for file in sorted((folder / "runs").glob("[!.]*/run.json"))]
+    runs, _ = readable(sorted((folder / "runs").glob("[!.]*/run.json")), trust=True)
     shared = {"size": facts["size"], "jobs": str(len(jobs)), **protocol(runs)}
     made = as_report(study.title, study.question, found, shared, facts["seconds"], facts["command"])
     show(made, out, tracker)
@@ -133,17 +136,32 @@ def show(made: Report, out: Path, tracker: WandB) -> None:
         tracker.finish(0)
 
 
-def find_runs(folders: Sequence[Path]) -> list[RunDir]:
-    """All runs in these directories, each once."""
-    files = dict.fromkeys(
-        file.resolve()
-        for folder in folders
-        for file in sorted(folder.rglob("run.json"))
-        if not file.parent.name.startswith(".")
-    )
+def find_runs(folders: Sequence[Path], trust: bool) -> tuple[list[RunDir], list[str]]:
+    """All runs in these directories, each once; and of those that cannot be read, why."""
+    files = [
+        file for folder in folders for file in sorted(folder.rglob("run.json")) if not file.parent.name.startswith(".")
+    ]
     if not files:
         raise ScoreSDEError(f"no runs in {', '.join(map(str, folders))}")
-    return [RunDir.open(file.parent) for file in files]
+    runs, left_out = readable(files, trust)
+    if not runs:
+        raise Unreadable(left_out[0])
+    return runs, [f"left out: {line}" for line in left_out]
+
+
+def readable(files: Sequence[Path], trust: bool) -> tuple[list[RunDir], list[str]]:
+    """The runs of these run.json, each once; and what is wrong with those that are damaged. A stranger's classes are refused."""
+    runs: dict[Path, RunDir] = {}
+    problems = []
+    for file in files:
+        try:
+            run = RunDir.open(file.parent.resolve())
+            run.config(trust)
+            run.summary()
+            runs[run.path] = run
+        except Unreadable as problem:
+            problems.append(str(problem))
+    return list(runs.values()), problems
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,6 +226,6 @@ def protocol(runs: Sequence[RunDir]) -> dict[str, str]:
             found[name] = str(configs[0][name])
         elif name == "threads" and len(values) > 1:
             found[name] = f"{', '.join(sorted(values))}: NOT EQUAL, so times do not compare"
-    found["seeds"] = ", ".join(map(str, sorted({int(run.facts()["seed"]) for run in runs})))
-    found["machine"] = ", ".join(sorted({str(run.facts()["host"]) for run in runs}))
+    found["seeds"] = ", ".join(map(str, sorted({run.facts()["seed"] for run in runs})))
+    found["machine"] = ", ".join(sorted({run.facts()["host"] for run in runs}))
     return found

@@ -15,12 +15,12 @@ from pydantic import PositiveInt
 
 from scoresde_cli.compose import locate
 from scoresde_cli.datasets.base import Dataset
-from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.errors import ScoreSDEError, Unreadable
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.studies import analysis, charts
 from scoresde_cli.studies.analysis import Cell
 from scoresde_cli.studies.report import HOW_TO_READ, Figure, Table
-from scoresde_cli.sweeps import failures, slug
+from scoresde_cli.sweeps import failures, slug, status
 
 Size = Literal["smoke", "quick", "full"]
 Setting = dict[str, Any]
@@ -135,7 +135,7 @@ class Study(ABC):
 
     def done(self, folder: Path) -> bool:
         """Whether the job in this directory is done."""
-        return (folder / "run.json").is_file() and RunDir.open(folder).status() == "finished"
+        return (folder / "run.json").is_file() and status(RunDir(folder)) == "finished"
 
     def measure(self, config: Mapping[str, Any], folder: Path) -> None:
         """The work of a job of a study that does not train."""
@@ -204,18 +204,21 @@ class GridStudy(Study):
 
 def cell(run: RunDir, setting: Setting) -> Cell:
     """A run as a cell of a comparison."""
-    status = run.status()
-    return Cell(setting, int(run.facts()["seed"]), run.summary() if status == "finished" else {}, status, str(run.path))
+    became = run.status()
+    return Cell(setting, run.facts()["seed"], run.summary() if became == "finished" else {}, became, str(run.path))
 
 
 def collect(folder: Path, jobs: Sequence[Job]) -> list[Cell]:
-    """The jobs of a grid as cells, those without a run among them."""
+    """The jobs of a grid as cells, those without a run among them, or with one that is damaged."""
     failed = {failure.name for failure in failures(folder)}
     cells = []
     for job in jobs:
         path = folder / job.name
         if (path / "run.json").is_file():
-            cells.append(cell(RunDir.open(path), job.setting))
+            try:
+                cells.append(cell(RunDir.open(path), job.setting))
+            except Unreadable as problem:
+                cells.append(Cell(job.setting, job.seed, {}, "unreadable", str(problem)))
         else:
             cells.append(Cell(job.setting, job.seed, {}, "failed" if job.name in failed else "not run", str(path)))
     return cells

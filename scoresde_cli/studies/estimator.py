@@ -114,10 +114,14 @@ class Estimator(Study):
             )
         found, missing = [], []
         for job in jobs:
-            if self.done(folder / job.name):
-                found.append(json.loads((folder / job.name / RESULT).read_text()))
-            else:
+            file = folder / job.name / RESULT
+            if not self.done(file.parent):
                 missing.append(f"{job.name} is not measured yet")
+                continue
+            try:
+                found.append(json.loads(file.read_text()))
+            except (OSError, ValueError) as problem:
+                missing.append(f"{file} is not readable ({problem}): remove it, and the same study measures it again")
         if not found:
             return Findings([], [], [], missing)
         answers, tables, figures, notes = report_parts(found, out)

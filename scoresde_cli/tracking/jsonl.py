@@ -23,11 +23,13 @@ class JsonLines(Tracker):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file; a last line that a crash cut is left out."""
+    """The whole rows of a file; a last line that a crash cut is left out, and whatever else is no row."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
