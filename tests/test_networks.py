@@ -113,6 +113,27 @@ def test_every_route_to_the_jacobian_agrees_with_autograd(make, parameterisation
     assert close(trace, trace_of_J)
 
 
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_directions_of_the_first_samples_alone_give_what_those_of_all_do(make, m):
+    """The score of every sample, the projections of the first m, and both gradients; one pass or two."""
+    model = model_of(make, Residual("full"), (4,))
+    x, t = batch((4,))
+    v = normal((2, *x.shape), generator(3, "v"), torch.float64)
+    weights = [p for p in model.network.parameters() if p.requires_grad]
+
+    def of(v):
+        score, projected = divergence.score_and_projections(model, x, t, v)
+        value = score.square().sum() + projected[:, :m].exp().sum()
+        found = torch.autograd.grad(value, weights, allow_unused=True)
+        return score, projected[:, :m], *(g for g in found if g is not None)
+
+    for part, whole in zip(of(v[:, :m]), of(v), strict=True):
+        assert torch.allclose(
+            part, whole, rtol=1e-10, atol=1e-12 * float(whole.detach().abs().max())
+        )  # float64 rounding
+
+
 class Hidden(nn.Module):
     """A network whose own dual pass is not seen: the way of torch.func."""
 

@@ -99,12 +99,13 @@ def task(config: DictConfig) -> None:
         console.note(
             "W&B has no credentials here, so the runs of the grid do without it (tracker.mode=offline keeps their logs)"
         )
+    chosen = [f"hydra/launcher={launcher}", *chosen]
     known = checked(jobs, chosen)
     folder = begin(Path(place or f"studies/{about['study']}-{size}-{digest(about)}"), about, jobs)
     left = [job for job in jobs if not done(study, job, folder / "runs" / job.name, known)]
     console.note(f"study    {folder}: {len(jobs)} jobs, {len(jobs) - len(left)} of them done")
     one = Perform(node, size, run, len(jobs))
-    perform(left, one, folder, [f"hydra/launcher={launcher}", *chosen], [f"tracker.mode={mode}"])
+    perform(left, one, folder, chosen, [f"tracker.mode={mode}"])
     group = plain["tracker"]["group"] or folder.name
     report.publish(folder, build({**plain["tracker"], "mode": mode, "group": group}, "tracker"), study)
     sweeps.raise_failures(folder / "runs")

@@ -29,7 +29,8 @@ from scoresde_cli.projections import Projection
 from scoresde_cli.sdes.base import SDE, Noised
 
 START = 0.25  # the threshold until w has been estimated
-LEAST = 0.2  # smaller weights gain less than a fifth of DSM's variance, and are taken as zero: no direction is pushed for them
+MOST = 0.9  # greater weights gain less than a tenth of the variance of SSM, and are taken as one, which no error of w can worsen
+LEAST = 0.25  # smaller weights gain less than a quarter of the variance of DSM, and are taken as zero: no direction is pushed
 
 
 def sigmoid(ratio: Tensor, threshold: float) -> Tensor:
@@ -77,7 +78,7 @@ class DSMCV(SSM):
         self.threshold = threshold
 
     def mixture(self, sde: SDE, t: Tensor) -> Tensor:
-        """w, (B,), exactly zero where it is small."""
+        """w, (B,), exactly zero where it is small, and one where it is near one."""
         kernel = sde.kernel()
         assert kernel is not None
         ratio = kernel.sigma(t) / kernel.alpha(t)
@@ -85,7 +86,7 @@ class DSMCV(SSM):
             w = self.weights(ratio)
         else:
             w = sigmoid(ratio, START if self.threshold == "auto" else self.threshold)
-        return torch.where(w < LEAST, 0.0, w)
+        return torch.where(w < LEAST, 0.0, torch.where(w > MOST, 1.0, w))
 
     def weighing(self, weights: Weights) -> "DSMCV":
         """The same loss with these weights."""
