@@ -235,7 +235,7 @@ def fresh_pairs(data: Dataset, m: int, seed: int) -> Callable[[int], tuple[Tenso
 
     As with the splits, equal rows are on the same side: copies of one row on both would look like a perfect model.
     """
-    everything = torch.cat(list(data.splits.values()))
+    everything = data.everything()
     group = None
     if data.fresh(1, generator(seed, "any")) is None:
         group = torch.unique(everything.flatten(1), dim=0, return_inverse=True)[1]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,11 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from scoresde_cli.datasets.oracle import Mixture, Oracle
+from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest
 from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
 
 Kind = Literal["points", "table", "image"]
 Size = Annotated[int, Field(ge=10)]  # training samples of a law that can be sampled
+MIN_ROWS = 20  # of a user's own data
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,10 @@ class Dataset(ABC):
         low, high = self.splits["train"].flatten(1).aminmax(dim=0)
         return low, high
 
+    def everything(self) -> Tensor:
+        """All rows of all splits (n, *D), each as often as the data has it."""
+        return torch.cat(list(self.splits.values()))
+
     def fresh(self, n: int, source: torch.Generator) -> Tensor | None:
         """n new samples (n, *D) float32 where the law can be sampled, else None."""
         return None
@@ -171,3 +178,28 @@ def split_rows(rows: Tensor, seed: int) -> tuple[dict[str, Tensor], int]:
         ends.append(end)
     a, b = ends
     return {"train": order[:a], "valid": order[a:b], "test": order[b:]}, n - len(unique)
+
+
+def check_rows(n: int, path: str) -> None:
+    """Refuse a user's data of too few rows."""
+    if n < MIN_ROWS:
+        raise Unreadable(f"data.path={path}: {n} row(s) of data, expected at least {MIN_ROWS}")
+
+
+def check_splits(rows: dict[str, Tensor], path: str) -> None:
+    """Refuse a user's data with too few rows that differ to train and measure on."""
+    small = [name for name, index in rows.items() if len(index) < 2]
+    if small:
+        raise Unreadable(
+            f"data.path={path}: so many rows are equal that the {' and '.join(small)} split would hold fewer than two (equal "
+            "rows stand in one split)"
+        )
+
+
+def existing(path: str) -> Path:
+    """The file or folder that data.path names. Raises ScoreSDEError, with the nearest name, where there is none."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        near = nearest(place.name, [p.name for p in place.parent.iterdir()]) if place.parent.is_dir() else ""
+        raise ScoreSDEError(f"data.path={path}: it does not exist{near}")
+    return place

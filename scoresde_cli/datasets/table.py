@@ -8,11 +8,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from scoresde_cli.datasets.base import Dataset, Kind, Units, label_name, split_rows
+from scoresde_cli.datasets.base import Dataset, Kind, Units, check_rows, check_splits, existing, label_name, split_rows
 from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest, one_line
 from scoresde_cli.rng import generator, uniform
 
-MIN_ROWS = 20
 MANY_CLASSES = 1000
 SEPARATORS = ",;\t|"
 
@@ -40,16 +39,13 @@ class Table(Dataset):
         scaling: Literal["standardise", "whiten", "none"] = "standardise", dequantise: bool = False,
         key: str | None = None, labels: str | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
-        file = Path(path).expanduser()
+        file = existing(path)
         if not file.is_file():
-            what = "is a directory" if file.is_dir() else "does not exist"
-            near = nearest(file.name, [p.name for p in file.parent.iterdir()]) if file.parent.is_dir() else ""
-            raise ScoreSDEError(f"data.path={path}: the file {what}{near}")
+            raise ScoreSDEError(f"data.path={path}: it is a folder, expected a file")
         u, names, words = read(file, columns, key, labels)
         keep, dropped = handle_missing(u, names, words, missing, path)
         u = u[keep]
-        if len(u) < MIN_ROWS:
-            raise Unreadable(f"data.path={path}: {len(u)} row(s) of data, expected at least {MIN_ROWS}")
+        check_rows(len(u), path)
         self.shape = tuple(u.shape[1:])
         if names is not None:
             self.columns = names
@@ -65,12 +61,7 @@ class Table(Dataset):
             noise = uniform((len(u), len(resolution)), generator(seed, "dequantise"), torch.float64) - 0.5
             u = u + (noise * resolution).reshape(u.shape)
         self.units = fit_units(u[rows["train"]], scaling, names, resolution, origin)
-        small = {name: len(index) for name, index in rows.items() if len(index) < 2}
-        if small:
-            raise Unreadable(
-                f"data.path={path}: so many rows are equal that the {' and '.join(small)} split would hold fewer than two (equal "
-                "rows stand in one split)"
-            )
+        check_splits(rows, path)
         x = self.units.to_model(u).float()
         self.splits = {name: x[index] for name, index in rows.items()}
         if words is not None:
