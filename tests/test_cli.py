@@ -190,6 +190,16 @@ WRONG = [
     wrong("train", "data=table", "data.path=garbage.parquet", code=4, says="not readable"),
     wrong("train", "data=table", "data.path=two.npz", says="data.key"),
     wrong("train", "data=table", "data.path=notes.doc", says=".csv"),
+    wrong("train", "data=idx", says="data.path"),
+    wrong("train", "data=idx", "data.path=absent", says="does not exist"),
+    wrong("train", "data=idx", "data.path=full", code=4, says="no IDX files of images"),
+    wrong("train", "data=idx", "data.path=good.csv", code=4, says="expected an IDX file of images"),
+    wrong("train", "data=idx", "data.path=good.csv", "data.sise=8", says="did you mean 'data.size'"),
+    wrong("train", "data=image_folder", "data.path=good.csv", says="expected a folder"),
+    wrong("train", "data=image_folder", "data.path=full", code=4, says="no PNG or JPEG files"),
+    wrong("train", "data=image_folder", "data.path=full", "data.fit=corp", "data.size=8", says="did you mean 'crop'"),
+    wrong("train", "data=image_folder", "data.path=pictures", code=4, says="data.skip_broken=true"),
+    wrong("train", "data=image_folder", "data.path=pictures", "data.channels=2", says="data.channels=2"),
     wrong("train", "dir=full", says="not empty"),
     wrong("train", "dir=/proc/scoresde", says="/proc/scoresde"),
     wrong("train", "dir=good.csv", says="good.csv"),
@@ -239,6 +249,8 @@ def odd_files(tmp_path):
     (tmp_path / "garbage.parquet").write_bytes(b"PAR1" + bytes(200))
     (tmp_path / "notes.doc").write_text("hello")
     np.savez(tmp_path / "two.npz", a=np.zeros((30, 2)), b=np.zeros((30, 2)))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"not a picture")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("keep me")
     return tmp_path

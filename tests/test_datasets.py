@@ -16,20 +16,26 @@ from scoresde_cli.errors import ScoreSDEError, Unreadable
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.vp import VP
 from tests.laws import MIXTURES, SDES, name
+from tests.pictures import write_idx, write_pictures
 
-SETS = [o for o in configs.options("data") if o != "table"]
+FILES = {  # for the data sets that are a user's own: (folder) -> path
+    "table": lambda folder: str(frame().to_csv(folder / "t.csv", index=False) or folder / "t.csv"),
+    "idx": lambda folder: str(write_idx(folder)),
+    "image_folder": lambda folder: str(write_pictures(folder)),
+}
 
 
 def make(option, **changes):
     node = {**configs.load(configs.conf_dir() / "data" / f"{option}.yaml"), **changes}
-    if "n" in node:
+    if node.get("n") is not None:
         node["n"] = changes.get("n", 4000)
     return build(node, "data")
 
 
-@pytest.mark.parametrize("option", SETS)
-def test_every_data_set_keeps_the_contract(option):
-    data = make(option)
+@pytest.mark.parametrize("option", configs.options("data"))
+def test_every_data_set_keeps_the_contract(option, tmp_path):
+    files = {"path": FILES[option](tmp_path)} if option in FILES else {}
+    data = make(option, **files)
     for split in ("train", "valid", "test"):
         x = data.splits[split]
         assert x.dtype == torch.float32
@@ -37,7 +43,7 @@ def test_every_data_set_keeps_the_contract(option):
         assert x.isfinite().all()
     x = data.splits["test"][:50]
     assert torch.allclose(data.units.to_model(data.units.to_user(x, rounded=False)).float(), x, atol=1e-5)
-    again = make(option)
+    again = make(option, **files)
     assert all(torch.equal(again.splits[s], data.splits[s]) for s in data.splits)
     if data.kind == "points":
         variance = float(data.splits["train"].var(0).mean())
