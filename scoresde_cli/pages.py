@@ -9,6 +9,7 @@ EXAMPLES = {
     "train": [
         ("scoresde train loss=ssm n_proj=4", "sliced score matching with 4 directions on the eight Gaussians"),
         ("scoresde train data=table data.path=wine.csv", "your own table, results in its units and column names"),
+        ("scoresde train data=image_folder data.path=photos data.size=16 data.fit=crop", "your own pictures, PNG or JPEG"),
         ("scoresde train data=gmm data.d=16 projection=orthogonal steps=5000", "a 16-dimensional mixture, orthogonal frames"),
         ("scoresde train -m n_proj=1,2,4,8 seed=0,1,2", "a sweep of twelve runs"),
     ],
