@@ -88,8 +88,11 @@ class Loss(ABC):
     def weighted(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss (B,) of data that is noised already; the generator draws the directions."""
-        value = self.value(model, sde, x0, noised, t, generator)
+        """The loss (B,) of data that is noised already; the generator draws the directions.
+
+        Times that were drawn by another law than `times` bring a weight.
+        """
+        value = self.value(model, sde, x0, noised, t, generator) * noised.aux.get("weight", 1.0)
         return (0.5 if self.half else 1.0) * self.weight(sde, t, x0[0].numel()) * value
 
     def __call__(self, model: FieldModel, sde: SDE, x0: Tensor, generator: torch.Generator) -> Tensor:

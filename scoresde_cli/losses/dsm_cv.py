@@ -14,6 +14,7 @@ the same two estimators where the data's energy is known: De Bortoli et al., arX
 """
 
 import copy
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -26,10 +27,12 @@ from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import MinTime, Times, Weighting, draw_times
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.projections import Projection
+from scoresde_cli.rng import uniform
 from scoresde_cli.sdes.base import SDE, Noised
 
 START = 0.25  # the threshold until w has been estimated
 MOST = 0.9  # greater weights gain less than a tenth of the variance of SSM, and are taken as one, which no error of w can worsen
+THIN = 4  # of the times with w = 1, where SSM has far less noise than anywhere else, one in so many is drawn
 LEAST = 0.25  # smaller weights gain less than a quarter of the variance of DSM, and are taken as zero: no direction is pushed
 
 
@@ -95,9 +98,20 @@ class DSMCV(SSM):
         return found
 
     def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:
-        """As for every loss, the times in ascending order, so that the samples with w > 0 come first."""
-        t = draw_times(self.times, len(x0), self.t_min, sde.T, generator).to(x0.dtype).sort().values
-        return t, sde.perturb(x0, t, generator)
+        """As for every loss, but ascending times (those with w > 0 come first), and of those with w = 1 one in THIN.
+
+        B of N candidates by systematic sampling, each with a chance a_i / sum a, count N a_i / sum a times as little.
+        """
+        B = len(x0)
+        candidates = draw_times(self.times, THIN * B, self.t_min, sde.T, generator).to(x0.dtype).sort().values
+        share = torch.where(self.mixture(sde, candidates) == 1.0, 1.0 / THIN, 1.0).double()
+        ends = share.cumsum(0)
+        at = (torch.arange(B, device=ends.device) + uniform((), generator, torch.float64)) * ends[-1] / B
+        chosen = torch.searchsorted(ends, at, right=True).clamp_max(len(ends) - 1)
+        t = candidates[chosen]
+        noised = sde.perturb(x0, t, generator)
+        weight = ends[-1] / (len(ends) * share[chosen])
+        return t, replace(noised, aux={**noised.aux, "weight": weight.to(t.dtype)})
 
     def frame(self, model: FieldModel, x: Tensor, t: Tensor, m: int, generator: torch.Generator) -> Tensor:
         """(K, m, *D), directions of the first m samples; with n_proj >= d those along the axes, whose mean is the exact trace."""

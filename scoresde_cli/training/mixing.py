@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call, jacrev, jvp, vmap
 
 from scoresde_cli.losses.base import draw_times
+from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.losses.dsm_cv import DSMCV, Weights
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
@@ -107,9 +108,13 @@ class Mixer:
         """By bin, the sums of -<g, delta> and of |delta|^2."""
         drawn = generator(plan.seed, "mixing", step, device=plan.train.device)
         torch.manual_seed(drawn.initial_seed())  # for a network that draws (dropout)
-        batch = Batch.draw(replace(plan, field=plan.model, batch_size=samples), "mixing", step)
-        assert isinstance(plan.loss, DSMCV)
-        v = plan.loss.frame(batch.field, batch.noised.x_t, batch.t, samples, drawn)
+        loss = plan.loss
+        assert isinstance(loss, DSMCV)
+        every = DSM(
+            loss.weighting, loss.half, loss.times, loss.t_min
+        )  # has the times that the weights are estimated at
+        batch = Batch.draw(replace(plan, loss=every, field=plan.model, batch_size=samples), "mixing", step)
+        v = loss.frame(batch.field, batch.noised.x_t, batch.t, samples, drawn)
         found = moments(batch, v.detach()).cpu()
         where = torch.searchsorted(self.edges, log_ratio(plan.sde, batch.t).double().cpu(), right=True)
         zero = torch.zeros(BINS, dtype=torch.float64)
