@@ -14,6 +14,7 @@ from scoresde_cli.compose import Parts
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest
 from scoresde_cli.likelihood import Flow
+from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.metrics.base import Metric, compare
 from scoresde_cli.metrics.c2st import C2ST
 from scoresde_cli.metrics.columns import Columns
@@ -42,7 +43,7 @@ OF_SAMPLES: dict[str, type[Metric]] = {
     "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights, "columns": Columns, "tails": Tails, "frechet_pca": FrechetPCA,
     "fid": FID, "kid": KID,
 }  # fmt: skip
-OF_THE_MODEL = ("loss", "score_error", "nll")
+OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "nll")
 EXTRA = ("fid", "kid")  # they need more than is installed
 METRICS = (*OF_THE_MODEL, *OF_SAMPLES)
 QUICK = ("loss", "score_error", "sliced_wasserstein", "energy_distance")  # at the end of `train`
@@ -83,12 +84,17 @@ def held_out(parts: Parts) -> Tensor:
     return parts.data.splits["test"].to(device=parts.device, dtype=parts.dtype)
 
 
-def losses(parts: Parts, model: ScoreModel, averaged: bool, step: int, seed: int) -> Summary:
+def losses(
+    parts: Parts, model: ScoreModel, averaged: bool, step: int, seed: int, name: str = "loss"
+) -> Summary:  # fmt: skip
     """The loss on held-out data, the baseline's, and their paired difference, with intervals.
 
-    Few rows are noised several times; a row's mean is one observation, so the intervals are for fresh rows of data.
+    `loss` is what the run has trained on, by its reference; `denoising_loss` is DSM, whatever the run. Few rows are noised
+    several times; a row's mean is one observation, so the intervals are for fresh rows of data.
     """
     reference = parts.loss.reference(parts.d)
+    if name == "denoising_loss":
+        reference = DSM(times=reference.times, t_min=reference.t_min)
     x0 = held_out(parts)[:20_000]
     repeats = -(-4000 // len(x0))
     values, baseline = (np.zeros(len(x0)), np.zeros(len(x0)))
@@ -111,7 +117,7 @@ def losses(parts: Parts, model: ScoreModel, averaged: bool, step: int, seed: int
                 "unit": "loss", "protocol": protocol}  # fmt: skip
 
     return {
-        "loss": entry(values), "loss_baseline": entry(baseline), "loss_gain": entry(baseline - values),
+        name: entry(values), f"{name}_baseline": entry(baseline), f"{name}_gain": entry(baseline - values),
     }  # fmt: skip
 
 
@@ -183,7 +189,10 @@ def evaluate(
     common = {"averaged": averaged, "step": step, "seed": seed, "data": fingerprint(data)}
     settings = {name: value for name, value in vars(parts.sde).items() if isinstance(value, int | float | str)}
     process = {"split": "test", "sde": {"class": type(parts.sde).__name__, **settings}}
-    summary = losses(parts, model, averaged, step, seed) if "loss" in metrics else {}
+    summary: Summary = {}
+    for name in ("loss", "denoising_loss"):
+        if name in metrics:
+            summary |= losses(parts, model, averaged, step, seed, name)
     x_test, truth = held_out(parts), data.oracle(parts.sde)
     if "score_error" in metrics and truth is not None:
         for name, candidate in (("score_error", model), ("score_error_baseline", parts.baseline)):

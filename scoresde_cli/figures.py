@@ -1,6 +1,6 @@
 """The figures of a run, drawn from its own numbers. Each function writes one PNG and returns its path."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,44 @@ def loss_curve(rows: list[dict[str, Any]], baseline: float | None, title: str, p
         axes.set_title(title, fontsize=8)
         axes.legend(fontsize=8)
         return finish(figure, path)
+
+
+def mixing(entries: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
+    """Of dsm_cv, by noise level: the weight of SSM at each estimate, and the variances of the gradient at the last ones.
+
+    Args:
+        entries: `threshold` of the summaries of one run or several seeds; the second half of each curve is averaged.
+    """
+    levels = np.array(entries[0]["levels"])
+    curve = entries[0]["curve"]
+    late = [row for entry in entries for row in entry["curve"][len(entry["curve"]) // 2 :]]
+    dsm, ssm, found = np.mean([noises(row) for row in late], axis=0)
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+        for i, row in enumerate(curve):
+            shade = 0.15 + 0.85 * (i + 1) / len(curve)
+            name = f"step {row['step']}" if i in (0, len(curve) - 1) else None
+            left.plot(levels, row["w"], color=MODEL, alpha=shade, lw=1.4, label=name)
+        left.set(xscale="log", xlabel="sigma / alpha", ylabel="weight of SSM-VR", ylim=(-0.03, 1.03))
+        for values, colour, name in (
+            (dsm, DATA, "DSM"),
+            (ssm, "0.35", "SSM-VR"),
+            (found, MODEL, "DSM with SSM-VR as control"),
+        ):
+            right.plot(levels, values, color=colour, lw=1.6, marker="o", ms=2.5, label=name)
+        low = np.minimum(dsm, ssm)
+        right.set(xscale="log", yscale="log", xlabel="sigma / alpha", ylabel="E|gradient of a sample|^2")
+        right.set_ylim(0.3 * low[low > 0].min(initial=1e9), 3 * max(dsm.max(), ssm.max()))
+        for axes in (left, right):
+            axes.legend(fontsize=8)
+        figure.suptitle(title, fontsize=8)
+        return finish(figure, path)
+
+
+def noises(row: dict[str, Any]) -> np.ndarray:
+    """(3, levels): E|g + w delta|^2 for w = 0 (DSM), w = 1 (SSM) and the w of an estimate, up to one factor a level."""
+    plain, cross, square, w = (np.array(row[name]) for name in ("plain", "cross", "square", "w"))
+    return np.stack([plain - 2.0 * v * cross + v**2 * square for v in (np.zeros_like(w), np.ones_like(w), w)])
 
 
 def samples(data: Dataset, drawn: Tensor, reference: Tensor, title: str, path: Path) -> Path:

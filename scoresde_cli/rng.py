@@ -16,6 +16,19 @@ def generator(seed: int, purpose: str, *indices: int | str, device: str | torch.
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def seed_global(source: torch.Generator) -> None:
+    """Seed the global generators as `source` is: for what a user's network draws of them (dropout).
+
+    torch.manual_seed would do, but takes the stack apart three times where there is no GPU.
+    """
+    seed = source.initial_seed()
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
 def normal(shape: tuple[int, ...], source: torch.Generator, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal draws of the given shape, on the generator's device."""
     return torch.randn(shape, generator=source, device=source.device, dtype=dtype)

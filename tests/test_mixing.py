@@ -226,8 +226,9 @@ def test_every_step_has_only_the_directions_that_it_needs():
     exact = DSMCV(Rademacher(), 2, 0.2)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
     mixed = type(noised)(
-        noised.x_t[order], noised.mean[order], type(noised.factor)(noised.factor.c[order]), noised.eps[order]
-    )
+        noised.x_t[order], noised.mean[order], type(noised.factor)(noised.factor.c[order]), noised.eps[order],
+        {"weight": noised.aux["weight"][order]},
+    )  # fmt: skip
     one = exact.weighted(plan.model, plan.sde, x0, noised, t, generator(0, "v"))
     other = exact.weighted(plan.model, plan.sde, x0[order], mixed, t[order], generator(0, "v"))
     assert torch.allclose(one[order], other, rtol=1e-10, atol=1e-10)

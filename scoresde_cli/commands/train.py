@@ -300,11 +300,10 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     summary["peak_memory_mb"] = evaluation.plain(peak, "MB", of="the process, host memory")
     if chooser := parts.chooser():
         curve = [{key: row[key] for key in ("step", chooser.name, *chooser.reasons)} for row in state.choices]
-        summary[chooser.name] = evaluation.plain(curve[-1][chooser.name], chooser.unit, step=state.step) | {
-            "curve": curve
-        }
+        last = evaluation.plain(curve[-1][chooser.name], chooser.unit, step=state.step)
+        summary[chooser.name] = last | chooser.facts | {"curve": curve}
     write_samples(run.path / "samples.npz", parts.data, [samples.x], len(samples.x), overwrite=True)
-    figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline) if s.eval["figures"] else []
+    figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline, summary) if s.eval["figures"] else []
     run.write("summary.json", summary)
     for each in trackers:
         each.summary(summary, figures)
@@ -333,8 +332,9 @@ def measured(parts: Parts) -> list[str]:
 
 
 def draw(
-    run: RunDir, parts: Parts, model: ScoreModel, drawn: torch.Tensor, held_out: torch.Tensor, baseline: float
-) -> list[Path]:
+    run: RunDir, parts: Parts, model: ScoreModel, drawn: torch.Tensor, held_out: torch.Tensor, baseline: float,
+    summary: evaluation.Summary,
+) -> list[Path]:  # fmt: skip
     from scoresde_cli import figures
 
     folder, title = run.path / "figures", f"{parts.loss.convention(parts.d)}, seed {parts.settings.seed}"
@@ -342,6 +342,8 @@ def draw(
         figures.samples(parts.data, drawn, held_out, title, folder / "samples.png"),
         figures.loss_curve(read_rows(run.path / "metrics.jsonl"), baseline, title, folder / "loss.png"),
     ]
+    if "threshold" in summary:
+        paths.append(figures.mixing([summary["threshold"]], title, folder / "mixing.png"))
     if tuple(parts.data.shape) == (2,):
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths

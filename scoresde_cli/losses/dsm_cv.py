@@ -100,18 +100,19 @@ class DSMCV(SSM):
     def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:
         """As for every loss, but ascending times (those with w > 0 come first), and of those with w = 1 one in THIN.
 
-        B of N candidates by systematic sampling, each with a chance a_i / sum a, count N a_i / sum a times as little.
+        Systematic sampling takes B of N = 2 B candidates, the i-th a_i B / sum a times on average, and gives it the weight
+        sum a / (N a_i), so that the mean over the batch is that over the candidates, on average.
         """
         B = len(x0)
-        candidates = draw_times(self.times, THIN * B, self.t_min, sde.T, generator).to(x0.dtype).sort().values
+        candidates = draw_times(self.times, 2 * B, self.t_min, sde.T, generator).to(x0.dtype).sort().values
         share = torch.where(self.mixture(sde, candidates) == 1.0, 1.0 / THIN, 1.0).double()
         ends = share.cumsum(0)
-        at = (torch.arange(B, device=ends.device) + uniform((), generator, torch.float64)) * ends[-1] / B
+        at = (torch.arange(B, device=ends.device) + uniform((), generator, torch.float64)) * (ends[-1] / B)
         chosen = torch.searchsorted(ends, at, right=True).clamp_max(len(ends) - 1)
         t = candidates[chosen]
         noised = sde.perturb(x0, t, generator)
-        weight = ends[-1] / (len(ends) * share[chosen])
-        return t, replace(noised, aux={**noised.aux, "weight": weight.to(t.dtype)})
+        weight = (ends[-1] / len(ends) / share[chosen]).to(t.dtype)
+        return t, replace(noised, aux={**noised.aux, "weight": weight})
 
     def frame(self, model: FieldModel, x: Tensor, t: Tensor, m: int, generator: torch.Generator) -> Tensor:
         """(K, m, *D), directions of the first m samples; with n_proj >= d those along the axes, whose mean is the exact trace."""

@@ -129,7 +129,7 @@ def stack(primal: Tensor, tangents: Tensor) -> Tensor:
 
 def parts(stack: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Views of a stack: the primals (B, w) and the tangents (K, m, w)."""
-    return stack[: sizes[0]], stack[sizes[0] :].unflatten(0, (-1, sizes[1]))
+    return stack[: sizes[0]], stack[sizes[0] :].view(-1, sizes[1], stack.shape[1])
 
 
 def split(layer: nn.Linear, stack: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

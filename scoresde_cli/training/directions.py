@@ -27,7 +27,7 @@ from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.networks.model import ScoreModel
-from scoresde_cli.rng import generator
+from scoresde_cli.rng import generator, seed_global
 from scoresde_cli.training import variance
 from scoresde_cli.training.loop import Plan
 from scoresde_cli.training.state import TrainState
@@ -127,7 +127,7 @@ class Directions:
     reasons: tuple[str, ...] = ("r",)
 
     def __init__(self, loss: SSM, d: int, cost: float, exact: float) -> None:
-        self.d, self.cost = d, cost
+        self.d, self.cost, self.facts = d, cost, {"tangent_cost": cost, "exact_cost": exact}
         self.counts = range(1, most(loss, d) + 1)
         self.costs = [1.0 + cost * n for n in self.counts]
         self.shares = variance.shares(loss.projection, d, self.counts)
@@ -167,7 +167,7 @@ class Directions:
         if len(self.counts) == 1:
             return row
         assert isinstance(plan.loss, SSM)
-        torch.manual_seed(generator(plan.seed, "choice", step).initial_seed())  # for a network that draws (dropout)
+        seed_global(generator(plan.seed, "choice", step))
         loss = with_directions(plan.loss, 1)
         calm = SSMVR(loss.projection, 1, loss.weighting, loss.half, loss.times, loss.t_min)
         found = variance.paired(plan, loss, count, "choice", step, calm=calm if type(loss) is SSM else None)

@@ -14,7 +14,7 @@ from scoresde_cli.errors import Diverged
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import Loss
 from scoresde_cli.networks.model import ScoreModel
-from scoresde_cli.rng import generator, uniform
+from scoresde_cli.rng import generator, seed_global, uniform
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training.optimizer import Adam
 from scoresde_cli.training.state import TrainState
@@ -56,6 +56,7 @@ class Chooser(Protocol):
     name: str  # of what is chosen: a key of the rows of TrainState.choices, and a column of metrics.jsonl
     unit: str
     reasons: tuple[str, ...]  # other keys of the rows that the summary keeps
+    facts: dict[str, Any]  # what a reader of the rows should know
 
     def __call__(self, plan: Plan, state: TrainState) -> tuple[Plan, str | None]:
         """The plan of the next step, and a line where it is another one; what it rests on is added to state.choices."""
@@ -112,7 +113,7 @@ def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]
 def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
-    torch.manual_seed(source.initial_seed())  # for what a user's network draws of the global generator (dropout)
+    seed_global(source)
     field, x0 = draw_batch(plan, source)
     loss = plan.loss(field, plan.sde, x0, source).mean()
     loss.backward()

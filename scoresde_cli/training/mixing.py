@@ -26,7 +26,7 @@ from scoresde_cli.losses.base import draw_times
 from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.losses.dsm_cv import DSMCV, Weights
 from scoresde_cli.networks.model import ScoreModel
-from scoresde_cli.rng import generator
+from scoresde_cli.rng import generator, seed_global
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training.directions import due
 from scoresde_cli.training.loop import Plan
@@ -81,12 +81,13 @@ class Mixer:
     """
 
     name, unit = "threshold", "sigma/alpha"
-    reasons: tuple[str, ...] = ("w",)
+    reasons: tuple[str, ...] = ("w", "cross", "square", "plain")
 
     def __init__(self, loss: DSMCV, sde: SDE) -> None:
         t = draw_times(loss.times, 256 * BINS, loss.t_min, sde.T, generator(0, "mixing")).double()
         bins = log_ratio(sde, t).sort().values.reshape(BINS, -1)
         self.nodes, self.edges = bins.mean(1), bins[1:, 0].contiguous()
+        self.facts = {"levels": self.nodes.exp().tolist()}
 
     def __call__(self, plan: Plan, state: TrainState) -> tuple[Plan, str | None]:
         """The plan of the next step, and a line where w has changed much."""
@@ -105,9 +106,9 @@ class Mixer:
         return plan, said
 
     def measure(self, plan: Plan, step: int, samples: int) -> dict[str, Any]:
-        """By bin, the sums of -<g, delta> and of |delta|^2."""
+        """By bin, the sums of -<g, delta>, of |delta|^2 and of |g|^2."""
         drawn = generator(plan.seed, "mixing", step, device=plan.train.device)
-        torch.manual_seed(drawn.initial_seed())  # for a network that draws (dropout)
+        seed_global(drawn)
         loss = plan.loss
         assert isinstance(loss, DSMCV)
         every = DSM(
@@ -122,6 +123,7 @@ class Mixer:
             "step": step,
             "cross": zero.index_add(0, where, -found[:, 0, 1]).tolist(),
             "square": zero.index_add(0, where, found[:, 1, 1]).tolist(),
+            "plain": zero.index_add(0, where, found[:, 0, 0]).tolist(),
         }
 
     def threshold(self, w: Sequence[float]) -> float:
