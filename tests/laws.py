@@ -1,9 +1,12 @@
 """Shared test problems, each with its source: laws whose densities, scores and noised versions are known in closed form."""
 
+from collections.abc import Callable
+
 import torch
 
 from scoresde_cli.datasets.oracle import Mixture
 from scoresde_cli.projections import Coordinate, Gaussian, Hadamard, Orthogonal, Projection, Rademacher, Sphere
+from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.base import LinearSDE
 from scoresde_cli.sdes.subvp import SubVP
 from scoresde_cli.sdes.ve import VE
@@ -40,3 +43,14 @@ def three_modes() -> Mixture:
 
 
 MIXTURES = {"correlated_gaussian": correlated_gaussian, "three_modes": three_modes}
+
+
+def columns(act: Callable[[torch.Tensor], torch.Tensor], d: int) -> torch.Tensor:
+    """The matrices (2, d, d) of a linear map of pairs of rows (2, d)."""
+    return torch.stack([act(e.expand(2, d)) for e in torch.eye(d, dtype=torch.float64)], dim=2)
+
+
+def spd(d: int) -> torch.Tensor:
+    """A covariance without structure, of condition about 30."""
+    G = normal((d, 2 * d), generator(0, "spd", d), torch.float64)
+    return G @ G.T / (2 * d) + 0.05 * torch.eye(d, dtype=torch.float64)
