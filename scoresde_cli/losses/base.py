@@ -2,6 +2,9 @@
 
 A loss maps (model, sde, x0, generator) to one number a sample, (B,). All of them are written in the convention
 |S|^2 + 2 tr J (and |S - target|^2 for DSM); `half=True` gives half of it.
+
+Where noise is correlated, with a covariance C of x_t given x_0, the loss is S^T C S + 2 tr(C J), and DSM's |L^T S + eps|^2 with
+C = L L^T: the same losses in coordinates in which C = sigma(t)^2 I, so a loss never sees any but isotropic noise.
 """
 
 import math
@@ -13,9 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from scoresde_cli.fields import FieldModel
+from scoresde_cli.fields import FieldModel, Within
 from scoresde_cli.rng import uniform
-from scoresde_cli.sdes.base import SDE, Noised
+from scoresde_cli.sdes.base import SDE, Kernel, Noised
+from scoresde_cli.sdes.operators import Product, Scalar
 
 Weighting = Literal["sigma2", "g2", "one"]
 Times = Literal["mixed", "uniform", "log_uniform"]
@@ -89,6 +93,13 @@ class Loss(ABC):
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The loss (B,) of data that is noised already; the generator draws the directions."""
+        white = sde.whitening()
+        if white is not None:
+            noised, x0 = white.noised(x0, t, noised), white.into(x0)
+            model, sde = model.whitened(), white.sde
+        kernel = sde.kernel()
+        if self.weighting == "sigma2" and kernel is not None and not kernel.scalar:
+            model, noised = in_noise_units(model, sde, kernel, noised, t)
         value = self.value(model, sde, x0, noised, t, generator)
         return (0.5 if self.half else 1.0) * self.weight(sde, t, x0[0].numel()) * value
 
@@ -101,3 +112,11 @@ class Loss(ABC):
         scale = "1/2 " if self.half else ""
         weighting = {"sigma2": "sigma(t)^2", "g2": "g(t)^2", "one": "1"}[self.weighting]
         return f"{self.name}: {scale}E[ {self.formula} ], weighted by {weighting}"
+
+
+def in_noise_units(model: FieldModel, sde: SDE, kernel: Kernel, noised: Noised, t: Tensor) -> tuple[Within, Noised]:
+    """Both in u = sigma L^{-1} x, where the covariance L L^T of x_t given x_0 is sigma^2 I, sample by sample."""
+    sigma = kernel.sigma(t)
+    R = Product(kernel.factor(t), Scalar(1.0 / sigma))
+    mean = None if noised.mean is None else R.solve(noised.mean)
+    return Within(model, sde, R), Noised(R.solve(noised.x_t), mean, Scalar(sigma), noised.eps)

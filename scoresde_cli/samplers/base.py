@@ -2,6 +2,9 @@
 
 Samples are made in blocks of rows (as many as their size asks for), each with a generator of its own, and a block is always
 computed whole: sample i depends on the seed and on i alone, bit for bit, however many are asked for.
+
+Where noise is correlated, the walk is in white coordinates z, x = W z: what a sampler does with isotropic noise is right there, and
+it is the walk in x with W z as noise and W W^T in front of the score. What is known, or clipped, is so in x.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from scoresde_cli.fields import FieldModel
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.samplers import grids
 from scoresde_cli.samplers.steering import Clipped, Known, Tempered, impose, renoise
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.base import SDE, Whitening
 from scoresde_cli.sdes.operators import expand
 
 Watch = Callable[[int, float, Tensor], None]
@@ -132,7 +135,17 @@ class Sampler(ABC):
             )
         special = {"clip": self.clip, "temperature": self.temperature != 1, "known": self.known is not None}
         asked = [f"sampler.{key}" for key, there in special.items() if there]
-        if sde.kernel() is None and (self.needs_kernel or asked):
+        white = sde.whitening()
+        kernel = (sde if white is None else white.sde).kernel()
+        closed = ["sampler.temperature"] if self.temperature != 1 else []
+        closed += [f"sampler.grid={self.grid}"] if self.grid in ("edm_rho", "log_snr") else []
+        closed += ["sampler.known"] if self.known is not None else []
+        if kernel is not None and not kernel.scalar and (self.needs_kernel or closed):
+            raise ScoreSDEError(
+                f"{closed[0] if closed else f'sampler {name}'} needs one noise level for all directions, and with this drift of "
+                f"{type(sde).__name__} each forgets at its own rate; euler_maruyama, euler_ode, heun_ode and dopri5 work"
+            )
+        if kernel is None and (self.needs_kernel or asked):
             raise ScoreSDEError(
                 f"{asked[0] if asked else f'sampler {name}'} needs a process with a closed-form kernel, which {type(sde).__name__} "
                 "has not; euler_maruyama, euler_ode and heun_ode work"
@@ -151,44 +164,57 @@ class Sampler(ABC):
                 "sampler.known is for `scoresde sample`: there is no other place where samples are given values"
             )
         self.check(model, sde)
+        white = sde.whitening()
+        if white is not None:
+            model, sde = model.whitened(), white.sde
         if self.temperature != 1:
             model = Tempered(model, self.temperature)
         if self.clip:
-            model = Clipped(model)
+            model = Clipped(model, white)
         times = self.times(sde).to(device=device, dtype=dtype)
         rows = block_rows(torch.Size(shape).numel())
         for block in range(-(-n // rows)):
             walk = Walk(model, sde, generator(seed, "sample", block, device=device))
-            x = self.walk_down(walk, times, (rows, *shape), dtype, block, known, watch)
+            x = self.walk_down(walk, times, (rows, *shape), dtype, block, known, watch, white)
             yield Samples(x[: n - block * rows], walk.nfe)
 
     def walk_down(
         self, walk: Walk, times: Tensor, shape: tuple[int, ...], dtype: torch.dtype, block: int, known: Known | None,
-        watch: Watch | None,
+        watch: Watch | None, white: Whitening | None = None,
     ) -> Tensor:  # fmt: skip
-        """One block, from start to end."""
+        """One block (B, *D) of the data's coordinates, from start to end; the walk is in white ones where there are such."""
+
+        def out(z: Tensor) -> Tensor:
+            return z if white is None else white.out(z)
+
+        def pin(z: Tensor, t: Tensor) -> Tensor:
+            assert pinned is not None
+            assert kernel is not None
+            return impose(z, *pinned, kernel, t, walk.source, white)
+
         x, kernel = self.start(walk, shape, dtype), walk.sde.kernel()
         pinned = None if known is None else known.rows(block * len(x), len(x), x)
         for i, (t, s) in enumerate(itertools.pairwise(times)):
             if watch is not None:
-                watch(block, float(t), x)
+                watch(block, float(t), out(x))
             t, s = t.expand(len(x)), s.expand(len(x))
             if pinned is None or kernel is None:
                 x = self.step(walk, x, t, s)
                 continue
             if i == 0:
-                x = impose(x, *pinned, kernel, t, walk.source)
+                x = pin(x, t)
             for again in range(self.repaint, -1, -1):
-                x = impose(self.step(walk, x, t, s), *pinned, kernel, s, walk.source)
+                x = pin(self.step(walk, x, t, s), s)
                 if again:
                     x, walk.memory = renoise(x, kernel, s, t, walk.source), None
         last = times[-1]
         if self.denoise:
             if watch is not None:
-                watch(block, float(last), x)
+                watch(block, float(last), out(x))
             x, last = walk.field(x, last.expand(len(x)), "x0"), 0.0 * last
         if self.clip:
-            x = Clipped(walk.model).clamp(x)
+            x = Clipped(walk.model, white).clamp(x)
+        x = out(x)
         if pinned is not None:
             x = torch.where(*pinned, x)
         if watch is not None:
