@@ -43,7 +43,7 @@ class FieldModel(ABC):
     def whitened(self) -> "FieldModel":
         """The same law in the process's white coordinates (SDE.whitening); itself where x is white already."""
         white = self.sde.whitening()
-        return self if white is None else Within(self, white.sde, white.factor)
+        return self if white is None else Within(self, white.sde, lambda t: white.factor)
 
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x) up to a constant that depends on t, shape (B,); where `provides` names it."""
@@ -78,9 +78,13 @@ class FieldModel(ABC):
 
 
 class Within(FieldModel):
-    """A field model in coordinates u, x = Q u, in which the process is `sde`."""
+    """A field model in coordinates u, x = Q(t) u, in which the process is `sde`.
 
-    def __init__(self, model: FieldModel, sde: SDE, Q: LinearOperator) -> None:
+    Args:
+        Q: t (B,) -> the operator.
+    """
+
+    def __init__(self, model: FieldModel, sde: SDE, Q: Callable[[Tensor], LinearOperator]) -> None:
         self.model, self.sde, self.Q = model, sde, Q
         self.provides, self.evaluations = model.provides, model.evaluations
         self.variance, self.bounds = model.variance, model.bounds
@@ -92,20 +96,21 @@ class Within(FieldModel):
         return self
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.Q.mul_t(self.model.score(self.Q.mul(x), t))
+        Q = self.Q(t)
+        return Q.mul_t(self.model.score(Q.mul(x), t))
 
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.model.log_density(self.Q.mul(x), t)
-
-    def _out(self, v: Tensor) -> Tensor:
-        return torch.stack([self.Q.mul(each) for each in v])
+        return self.model.log_density(self.Q(t).mul(x), t)
 
     def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
-        score, jvp = divergence.dual(self.model, self.Q.mul(x), t, self._out(v))
-        return self.Q.mul_t(score), torch.stack([self.Q.mul_t(each) for each in jvp])
+        Q = self.Q(t)
+        score, jvp = divergence.dual(self.model, Q.mul(x), t, torch.stack([Q.mul(each) for each in v]))
+        return Q.mul_t(score), torch.stack([Q.mul_t(each) for each in jvp])
 
     def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
         """(score (B, *D), v_k^T J v_k (K, B)); the trace of a linear part is not known in these coordinates."""
-        score, products = divergence.score_and_projections(self.model, self.Q.mul(x), t, self._out(v))
-        return self.Q.mul_t(score), products
+        Q = self.Q(t)
+        w = torch.stack([Q.mul(each) for each in v])
+        score, products = divergence.score_and_projections(self.model, Q.mul(x), t, w)
+        return Q.mul_t(score), products

@@ -19,7 +19,7 @@ from torch import Tensor
 from scoresde_cli.fields import FieldModel, Within
 from scoresde_cli.rng import uniform
 from scoresde_cli.sdes.base import SDE, Kernel, Noised
-from scoresde_cli.sdes.operators import Product, Scalar
+from scoresde_cli.sdes.operators import Scalar
 
 Weighting = Literal["sigma2", "g2", "one"]
 Times = Literal["mixed", "uniform", "log_uniform"]
@@ -116,7 +116,6 @@ class Loss(ABC):
 
 def in_noise_units(model: FieldModel, sde: SDE, kernel: Kernel, noised: Noised, t: Tensor) -> tuple[Within, Noised]:
     """Both in u = sigma L^{-1} x, where the covariance L L^T of x_t given x_0 is sigma^2 I, sample by sample."""
-    sigma = kernel.sigma(t)
-    R = Product(kernel.factor(t), Scalar(1.0 / sigma))
+    R, sigma = kernel.shape(t), kernel.sigma(t)
     mean = None if noised.mean is None else R.solve(noised.mean)
-    return Within(model, sde, R), Noised(R.solve(noised.x_t), mean, Scalar(sigma), noised.eps)
+    return Within(model, sde, kernel.shape), Noised(R.solve(noised.x_t), mean, Scalar(sigma), noised.eps)

@@ -199,7 +199,8 @@ class ScoreModel(nn.Module, FieldModel):
 
     def _coloured(self) -> Within:
         assert self.white is not None
-        return Within(self.whitened(), self.sde, Inverse(self.white.factor))
+        inverse = Inverse(self.white.factor)
+        return Within(self.whitened(), self.sde, lambda t: inverse)
 
     def _push(self, x: Tensor, z: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         with self._lowered(x):

@@ -4,7 +4,7 @@ Samples are made in blocks of rows (as many as their size asks for), each with a
 computed whole: sample i depends on the seed and on i alone, bit for bit, however many are asked for.
 
 Where noise is correlated, the walk is in white coordinates z, x = W z: what a sampler does with isotropic noise is right there, and
-it is the walk in x with W z as noise and W W^T in front of the score. What is known, or clipped, is so in x.
+it is the walk in x with W z as noise and W W^T in front of the score. What is clipped is so in x.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from scoresde_cli.samplers import grids
 from scoresde_cli.samplers.steering import Clipped, Known, Tempered, impose, renoise
 from scoresde_cli.sdes.base import SDE, Whitening
 from scoresde_cli.sdes.operators import expand
+from scoresde_cli.sdes.whitened import MatrixKernel
 
 Watch = Callable[[int, float, Tensor], None]
 
@@ -64,9 +65,12 @@ class Walk:
         return normal(tuple(x.shape), self.source, x.dtype)
 
     def levels(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha(t) and sigma(t), shaped so that they broadcast against x."""
+        """alpha(t) and sigma(t), shaped so that they broadcast against x; by coordinate where each has its own."""
         kernel = self.sde.kernel()
         assert kernel is not None
+        if isinstance(kernel, MatrixKernel):
+            ones = x.new_ones(x[0].numel())
+            return tuple(level.reshape(x.shape) for level in kernel.levels(t, ones))  # type: ignore[return-value]
         return expand(kernel.alpha(t), x), expand(kernel.sigma(t), x)
 
 
@@ -137,13 +141,20 @@ class Sampler(ABC):
         asked = [f"sampler.{key}" for key, there in special.items() if there]
         white = sde.whitening()
         kernel = (sde if white is None else white.sde).kernel()
-        closed = ["sampler.temperature"] if self.temperature != 1 else []
-        closed += [f"sampler.grid={self.grid}"] if self.grid in ("edm_rho", "log_snr") else []
-        closed += ["sampler.known"] if self.known is not None else []
-        if kernel is not None and not kernel.scalar and (self.needs_kernel or closed):
+        if white is not None and self.known is not None:
             raise ScoreSDEError(
-                f"{closed[0] if closed else f'sampler {name}'} needs one noise level for all directions, and with this drift of "
-                f"{type(sde).__name__} each forgets at its own rate; euler_maruyama, euler_ode, heun_ode and dopri5 work"
+                f"sampler.known with correlated noise ({type(sde).__name__}): the known part's noise would have to be drawn given "
+                "that of the open part, which nobody knows; train with sde=vp"
+            )
+        if kernel is not None and not kernel.scalar and self.temperature != 1:
+            raise ScoreSDEError(
+                f"sampler.temperature needs one noise level for all directions, and with this drift of {type(sde).__name__} each "
+                "forgets at its own rate; sde.drift=isotropic has one"
+            )
+        if kernel is not None and not kernel.diagonal and self.needs_kernel:
+            raise ScoreSDEError(
+                f"sampler {name} needs coordinates that forget each by itself, which a matrix as the drift of {type(sde).__name__} "
+                "mixes; sampler=euler_maruyama, euler_ode, heun_ode and dopri5 work"
             )
         if kernel is None and (self.needs_kernel or asked):
             raise ScoreSDEError(
@@ -187,11 +198,6 @@ class Sampler(ABC):
         def out(z: Tensor) -> Tensor:
             return z if white is None else white.out(z)
 
-        def pin(z: Tensor, t: Tensor) -> Tensor:
-            assert pinned is not None
-            assert kernel is not None
-            return impose(z, *pinned, kernel, t, walk.source, white)
-
         x, kernel = self.start(walk, shape, dtype), walk.sde.kernel()
         pinned = None if known is None else known.rows(block * len(x), len(x), x)
         for i, (t, s) in enumerate(itertools.pairwise(times)):
@@ -202,9 +208,9 @@ class Sampler(ABC):
                 x = self.step(walk, x, t, s)
                 continue
             if i == 0:
-                x = pin(x, t)
+                x = impose(x, *pinned, kernel, t, walk.source)
             for again in range(self.repaint, -1, -1):
-                x = pin(self.step(walk, x, t, s), s)
+                x = impose(self.step(walk, x, t, s), *pinned, kernel, s, walk.source)
                 if again:
                     x, walk.memory = renoise(x, kernel, s, t, walk.source), None
         last = times[-1]

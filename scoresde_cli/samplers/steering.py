@@ -186,23 +186,10 @@ def read_known(file: Path, names: list[str], data: Dataset) -> Tensor:
         raise Unreadable(f"sampler.known={file}: not readable as {suffix[1:]} ({one_line(problem)[:160]})") from problem
 
 
-def impose(
-    x: Tensor,
-    mask: Tensor,
-    value: Tensor,
-    kernel: Kernel,
-    t: Tensor,
-    source: torch.Generator,
-    white: Whitening | None = None,
-) -> Tensor:
-    """x (B, *D) at t (B,) with the known part replaced by a draw of it given its value at time 0 (Song et al., ICLR 2021, I.2).
-
-    Mask and value are of the data's own coordinates, of which x and the kernel are in the white ones where `white` is given.
-    """
-    noise = kernel.factor(t).mul(normal(tuple(x.shape), source, x.dtype))
-    if white is None:
-        return torch.where(mask, expand(kernel.alpha(t), x) * value + noise, x)
-    return white.into(torch.where(mask, expand(kernel.alpha(t), x) * value + white.out(noise), white.out(x)))
+def impose(x: Tensor, mask: Tensor, value: Tensor, kernel: Kernel, t: Tensor, source: torch.Generator) -> Tensor:
+    """x (B, *D) at t (B,) with the known part replaced by a draw of it given its value at time 0 (Song et al., ICLR 2021, I.2)."""
+    noised = expand(kernel.alpha(t), x) * value + kernel.factor(t).mul(normal(tuple(x.shape), source, x.dtype))
+    return torch.where(mask, noised, x)
 
 
 def renoise(x: Tensor, kernel: Kernel, s: Tensor, t: Tensor, source: torch.Generator) -> Tensor:

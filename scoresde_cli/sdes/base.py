@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scoresde_cli.divergence import weighted_trace
 from scoresde_cli.rng import normal
-from scoresde_cli.sdes.operators import LinearOperator, Scalar, expand
+from scoresde_cli.sdes.operators import LinearOperator, Product, Scalar, expand
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class Jumps:
 class Kernel(ABC):
     """The law of x_t given x_0, where it is tractable: mean M(t) x_0 and covariance L L^T.
 
-    `scalar` where M = alpha I and L = sigma I, which the samplers in closed steps stand on; else alpha and sigma are the level of
-    the whole, and M and L come by `mean`, `origin` and `factor`.
+    `scalar` where M = alpha I and L = sigma I; else alpha and sigma are the level of the whole, and M and L come by `mean`,
+    `origin` and `factor`. `diagonal` where both are so, which the samplers in closed steps stand on.
     """
 
     scalar: bool = True
+    diagonal: bool = True
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -62,6 +63,10 @@ class Kernel(ABC):
     @abstractmethod
     def factor(self, t: Tensor) -> LinearOperator:
         """L with L L^T = Cov(x_t | x_0)."""
+
+    def shape(self, t: Tensor) -> LinearOperator:
+        """R = L / sigma: coordinates u = R^{-1} x in which the noise is sigma I at the time t."""
+        return Product(self.factor(t), Scalar(1.0 / self.sigma(t)))
 
     def mean(self, x0: Tensor, t: Tensor) -> Tensor:
         """M(t) x_0, shape (B, *D)."""

@@ -34,7 +34,7 @@ DRIFTS = ("isotropic", "reversible")
 class ColouredKernel(GaussianKernel):
     """The kernel of z, seen in x = W z."""
 
-    scalar = False
+    scalar, diagonal = False, False
 
     def __init__(self, white: Whitening) -> None:
         kernel = white.sde.kernel()

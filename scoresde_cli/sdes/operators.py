@@ -106,10 +106,6 @@ class Diagonal(LinearOperator):
     def logdet(self, d: int) -> Tensor:
         return self.values.log().sum(1)
 
-    def scaled(self, c: Tensor) -> "Diagonal":
-        """c(t) times it, for c of shape (B,)."""
-        return Diagonal(c.unsqueeze(1) * self.values)
-
     def rms(self, weights: Tensor) -> Tensor:
         """Root of sum_j L_ij^2 w_j, (B, d), for w (d,)."""
         return self.values * weights.sqrt()
@@ -138,10 +134,6 @@ class Matrix(LinearOperator):
 
     def logdet(self, d: int) -> Tensor:
         return torch.linalg.slogdet(self.values)[1]
-
-    def scaled(self, c: Tensor) -> "Matrix":
-        """c(t) times it, for c of shape (B,)."""
-        return Matrix(c.reshape(-1, 1, 1) * self.values)
 
     def rms(self, weights: Tensor) -> Tensor:
         """Root of sum_j L_ij^2 w_j, (B, d), for w (d,)."""

@@ -28,7 +28,7 @@ class MatrixKernel(GaussianKernel):
     scalar = False
 
     def __init__(self, process: "WhiteLinear") -> None:
-        self.process = process
+        self.process, self.diagonal = process, isinstance(process, Modes)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(-self.process.clock(t) * (self.process.rate / self.process.d))
@@ -48,10 +48,6 @@ class MatrixKernel(GaussianKernel):
 
     def origin(self, mean: Tensor, t: Tensor) -> Tensor:
         return self.decay(t).solve(mean)
-
-    def shape(self, t: Tensor) -> Diagonal | Matrix:
-        """R = L / sigma: coordinates u = R^{-1} x in which the noise is sigma I at the time t."""
-        return self.factor(t).scaled(1.0 / self.sigma(t))
 
     def levels(self, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma), (B, d) each, by coordinate: alpha^2 lam and sigma^2 are its signal's and its noise's variance.
