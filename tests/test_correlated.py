@@ -9,7 +9,7 @@ import torch
 from scipy.integrate import quad_vec
 from scipy.linalg import expm, solve_continuous_lyapunov
 
-from scoresde_cli import divergence
+from scoresde_cli import divergence, load_run
 from scoresde_cli.datasets.oracle import Mixture, Oracle
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import randomise
@@ -42,6 +42,7 @@ from scoresde_cli.sdes.operators import Scalar
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.sdes.whitened import General, Modes
 from tests import laws
+from tests.conftest import NO_FIGURES, SMALL
 from tests.laws import correlated_sdes, spd
 
 F64 = torch.float64
@@ -542,3 +543,49 @@ def test_score_error_is_in_units_of_the_noise():
     x = sde.perturb(x0, t, source).x_t
     gap = sde.kernel().factor(t).mul_t(model(x, t) - exact.score(x, t))
     assert torch.allclose(found, gap.square().sum(1), rtol=1e-9)
+
+
+# Runs.
+
+
+@pytest.mark.parametrize(
+    "keys", [["sde.sigma=data"], ["sde.sigma=dense", "sde.file=S.csv", "sde.drift=A.npy"]], ids=["data", "files"]
+)
+def test_a_run_remembers_the_matrices_that_it_took_from_data_and_files(keys, cli, tmp_path):
+    """Read again and gone on with where the files are gone; the Gaussian part of the data is in its own coordinates."""
+    np.savetxt(tmp_path / "S.csv", spd(3).numpy(), delimiter=",")
+    np.save(tmp_path / "A.npy", laws.stable(3).numpy())
+    train = [
+        "train",
+        "sde=correlated",
+        *keys,
+        "data=gaussian",
+        "data.d=3",
+        "sampler=heun_ode",
+        "eval.metrics=[score_error,nll]",
+    ]
+    code, _, err = cli(*train, "dir=run", "eval.nll.rows=50", "eval.nll.steps=5", *SMALL, *NO_FIGURES)
+    assert code == 0, err
+    for file in ("S.csv", "A.npy"):
+        (tmp_path / file).unlink()
+    run = load_run(tmp_path / "run")
+    x = run.sample(20)
+    assert np.isfinite(x).all()
+    parts = run.parts
+    assert parts.sde.kept.keys() == ({"sigma"} if len(keys) == 1 else {"sigma", "A"})
+    sigma = laws.columns(parts.sde.L.cov, 3)[0]
+    if len(keys) > 1:
+        assert torch.allclose(sigma, 3 * spd(3) / spd(3).trace(), atol=1e-9)
+    before = (tmp_path / "run/data.safetensors").read_bytes()
+    code, _, err = cli("train", "resume=run", "steps=80")
+    assert code == 0, err
+    assert (tmp_path / "run/data.safetensors").read_bytes() == before
+    protocol = load_run(tmp_path / "run").summary["loss"]["protocol"]["sde"]
+    assert protocol["class"] == "Correlated"
+    assert protocol["sigma"] == keys[0].split("=")[1]
+    seen = parts.model.moments
+    train_rows = run.dataset().splits["train"].double()
+    assert torch.allclose(seen.mean, train_rows.mean(0), atol=1e-5)
+    if len(keys) > 1:  # fitted in full where directions forget at their own rates
+        found = seen.basis @ seen.lam.diag() @ seen.basis.T
+        assert torch.allclose(found, torch.cov(train_rows.T, correction=0), atol=1e-5)
