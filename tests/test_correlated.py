@@ -6,10 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 from scipy.integrate import quad_vec
 from scipy.linalg import expm, solve_continuous_lyapunov
 
-from scoresde_cli import divergence, load_run
+from scoresde_cli import configs, divergence, load_run
+from scoresde_cli.advice import advice, remembered
+from scoresde_cli.compose import compose
 from scoresde_cli.datasets.oracle import Mixture, Oracle
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import randomise
@@ -589,3 +594,26 @@ def test_a_run_remembers_the_matrices_that_it_took_from_data_and_files(keys, cli
     if len(keys) > 1:  # fitted in full where directions forget at their own rates
         found = seen.basis @ seen.lam.diag() @ seen.basis.T
         assert torch.allclose(found, torch.cov(train_rows.T, correction=0), atol=1e-5)
+
+
+def test_what_the_noise_does_not_forget_is_said():
+    """lam_min = 0.1 under the reversible drift keeps exp(-0.1 * 10.05) of that direction's variance: 0.37 over (1 - 0.37) / 0.1."""
+    found = {}
+    with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
+        for rule in ("isotropic", "reversible"):
+            keys = [
+                "sde=correlated",
+                "sde.sigma=equi",
+                "sde.rho=0.9",
+                f"sde.drift={rule}",
+                "data=gaussian",
+                "data.n=200",
+            ]
+            found[rule] = compose(OmegaConf.to_container(hydra_compose("train", overrides=keys), resolve=True))
+    assert remembered(found["isotropic"]) < 0.05
+    lam = found["reversible"].model.lam.max()
+    assert remembered(found["reversible"]) == pytest.approx(
+        float(lam) * 0.1 * math.exp(-1.005) / (1 - math.exp(-1.005)), rel=0.05
+    )
+    assert any("at T one direction" in line for line in advice(found["reversible"], [])[1])
+    assert not any("at T one direction" in line for line in advice(found["isotropic"], [])[1])
