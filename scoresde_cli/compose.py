@@ -319,6 +319,10 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
         raise ScoreSDEError(
             f"loss={loss.name} needs a closed-form kernel, which sde {type(sde).__name__} has not; ism, ssm and ssm_vr work"
         )
+    if isinstance(loss, DSMCV) and not model.kernel.scalar:
+        raise ScoreSDEError(
+            "loss=dsm_cv needs one noise level for all directions: sde.drift=isotropic; ssm_vr and dsm work"
+        )
     law = getattr(loss, "projection", None)
     if law is not None and law.adapted and not loss.second_order:
         raise ScoreSDEError(

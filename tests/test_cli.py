@@ -122,6 +122,7 @@ WRONG = [
     wrong("train", "sde=correlated", "sde.sigma=ar2", says="did you mean 'ar1'"),
     wrong("train", "sde=correlated", "sde.rho=1", says="less than 1"),
     wrong("train", "sde=correlated", "sde.rank=2", says="unknown key sde.rank"),
+    wrong("train", "sde=correlated", "sde.drift=reversible", "loss=dsm_cv", says="sde.drift=isotropic"),
     wrong("train", "sde=correlated", "sde.sigma=dense", says="sde.file is missing"),
     wrong("train", "sde=correlated", "sde.drift=isotropc", says="did you mean 'isotropic'"),
     wrong("train", "sde=correlated", "sde.shape=[2]", says="unknown key sde.shape"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from scoresde_cli.identity import randomise
 from scoresde_cli.likelihood import Flow, log_prob
 from scoresde_cli.losses.base import draw_times
 from scoresde_cli.losses.dsm import DSM
+from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.fd_ssm import FDSSM
 from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm import SSM
@@ -46,6 +48,8 @@ from scoresde_cli.sdes.covariances import KINDS, Equi, Periodic
 from scoresde_cli.sdes.operators import Scalar
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.sdes.whitened import General, Modes
+from scoresde_cli.training.mixing import moments
+from scoresde_cli.training.variance import Batch
 from tests import laws
 from tests.conftest import NO_FIGURES, SMALL
 from tests.laws import correlated_sdes, spd
@@ -459,10 +463,10 @@ def test_a_zero_network_is_the_exact_score_of_gaussian_data(name):
 MAKERS = {
     "ism": lambda **k: ISM(**k), "ssm": lambda **k: SSM(Rademacher(), 1, **k), "ssm_vr": lambda **k: SSMVR(Rademacher(), 2, **k),
     "ssm_vr, exact": lambda **k: SSMVR(Rademacher(), D, **k), "fd_ssm": lambda **k: FDSSM(Rademacher(), 1, step=1e-3, **k),
-    "dsm": lambda **k: DSM(**k),
+    "dsm": lambda **k: DSM(**k), "dsm_cv": lambda **k: DSMCV(Rademacher(), 1, threshold=1.0, **k),
 }  # fmt: skip
-every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 WIDE = ["ar1", "low_rank", "reversible dense", "matrix ar1"]  # one of each way
+EVERY = [(name, loss) for name in WIDE for loss in MAKERS if loss != "dsm_cv" or name in LINEAR]
 
 
 def z(values, expected=0.0):
@@ -472,9 +476,8 @@ def z(values, expected=0.0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", WIDE)
-@every
-def test_every_loss_is_the_same_up_to_a_constant(make, name):
+@pytest.mark.parametrize(("name", "which"), EVERY)
+def test_every_loss_is_the_same_up_to_a_constant(which, name):
     """As in test_losses.py: each in excess of the exact score's, against that of ISM, paired."""
     sde, n = SDES[name], 3000
     model, exact, x0 = model_of(sde), Oracle(mixture(), sde), mixture().sample(n, generator(1, "data"))
@@ -483,7 +486,7 @@ def test_every_loss_is_the_same_up_to_a_constant(make, name):
         return loss(model, sde, x0, generator(2, "l")) - loss(exact, sde, x0, generator(2, "l"))
 
     ism = excess(ISM())
-    assert abs(z(excess(make()) - ism)) < 4
+    assert abs(z(excess(MAKERS[which]()) - ism)) < 4
     assert float(ism.mean()) > 0
 
 
@@ -510,9 +513,8 @@ def test_the_losses_are_weighted_by_the_matrix(name, weighting):
     )
 
 
-@pytest.mark.parametrize("name", WIDE)
-@every
-def test_gradients_are_unbiased_for_ism(make, name):
+@pytest.mark.parametrize(("name", "which"), EVERY)
+def test_gradients_are_unbiased_for_ism(which, name):
     sde = SDES[name]
     model, x0 = model_of(sde), mixture().sample(1500, generator(1, "data"))
     weights = list(model.network.parameters())
@@ -524,7 +526,7 @@ def test_gradients_are_unbiased_for_ism(make, name):
         return sum((g * a).sum() for g, a in zip(grads, along, strict=True) if g is not None)
 
     assert (
-        abs(z(torch.stack([slope(make(), i) - slope(ISM(), i) for i in range(30)]))) < 4.3
+        abs(z(torch.stack([slope(MAKERS[which](), i) - slope(ISM(), i) for i in range(30)]))) < 4.3
     )  # Student's t, 29 degrees, 1 in 5000
 
 
@@ -537,6 +539,22 @@ def test_losses_of_whitened_data_under_vp_are_those_of_the_data_under_correlated
         a = make()(model, sde, x0, generator(2, "l"))
         b = make()(isotropic, VP(), sde.white.into(x0), generator(2, "l"))
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-8), name
+
+
+def test_the_weights_of_dsm_cv_are_those_of_whitened_data():
+    sde, x0, v = SDES["dense"], mixture().sample(8, generator(1, "data")), normal((2, 8, D), generator(2, "v"), F64)
+    model, loss = model_of(sde), DSMCV(Rademacher(), 2)
+    t, noised = loss.noise(sde, x0, generator(3, "n"))
+    isotropic = ScoreModel(model.network, VP(), model.parameterisation, model.gaussian).double()
+    z0 = sde.white.into(x0)
+    found, expected = (
+        moments(Batch(SimpleNamespace(loss=loss, sde=process), (), field, data, t, drawn), v)
+        for process, field, data, drawn in (
+            (sde, model, x0, noised),
+            (VP(), isotropic, z0, VP().kernel().with_noise(z0, t, noised.eps)),
+        )
+    )
+    assert torch.allclose(found, expected, rtol=1e-8)
 
 
 def test_score_error_is_in_units_of_the_noise():

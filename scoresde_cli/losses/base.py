@@ -93,10 +93,7 @@ class Loss(ABC):
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The loss (B,) of data that is noised already; the generator draws the directions."""
-        white = sde.whitening()
-        if white is not None:
-            noised, x0 = white.noised(x0, t, noised), white.into(x0)
-            model, sde = model.whitened(), white.sde
+        model, sde, x0, noised = in_white(model, sde, x0, noised, t)
         kernel = sde.kernel()
         if self.weighting == "sigma2" and kernel is not None and not kernel.scalar:
             model, noised = in_noise_units(model, sde, kernel, noised, t)
@@ -112,6 +109,16 @@ class Loss(ABC):
         scale = "1/2 " if self.half else ""
         weighting = {"sigma2": "sigma(t)^2", "g2": "g(t)^2", "one": "1"}[self.weighting]
         return f"{self.name}: {scale}E[ {self.formula} ], weighted by {weighting}"
+
+
+def in_white(
+    model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor
+) -> tuple[FieldModel, SDE, Tensor, Noised]:
+    """All of them in the process's white coordinates, as they are where it has none."""
+    white = sde.whitening()
+    if white is None:
+        return model, sde, x0, noised
+    return model.whitened(), white.sde, white.into(x0), white.noised(x0, t, noised)
 
 
 def in_noise_units(model: FieldModel, sde: SDE, kernel: Kernel, noised: Noised, t: Tensor) -> tuple[Within, Noised]:

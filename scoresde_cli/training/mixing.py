@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jacrev, jvp, vmap
 
-from scoresde_cli.losses.base import draw_times
+from scoresde_cli.losses.base import draw_times, in_white
 from scoresde_cli.losses.dsm_cv import DSMCV, Weights
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
@@ -39,11 +39,13 @@ BYTES = 1 << 26  # for the gradients that are held at a time
 
 def moments(batch: Batch, v: Tensor) -> Tensor:
     """(B, 2, 2), the inner products of g and delta of each sample, for directions v (K, B, *D); float64."""
-    model, plan, kernel = batch.field, batch.plan, batch.plan.sde.kernel()
+    plan = batch.plan
+    model, sde, x0, noised = in_white(batch.field, plan.sde, batch.x0, batch.noised, batch.t)
+    kernel = sde.kernel()
     assert isinstance(model, ScoreModel)
     assert kernel is not None
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    target = kernel.targets(batch.x0, batch.noised, batch.t, {"score"})["score"]
+    target = kernel.targets(x0, noised, batch.t, {"score"})["score"]
     scale = plan.loss.weight(plan.sde, batch.t, batch.x0[0].numel())
     labels = torch.full_like(batch.t, -1) if model.labels is None else model.labels.to(batch.t)
 
@@ -68,7 +70,7 @@ def moments(batch: Batch, v: Tensor) -> Tensor:
 
     held = 3 * 8 * sum(p.numel() for p in weights.values())  # bytes for one sample, the last product in float64
     each = vmap(products, in_dims=(0, 0, 0, 1, 0, 0), randomness="different", chunk_size=max(1, BYTES // held))
-    found: Tensor = each(batch.noised.x_t, batch.t, target, v, scale, labels)
+    found: Tensor = each(noised.x_t, batch.t, target, v, scale, labels)
     return found
 
 
