@@ -46,6 +46,7 @@ from scoresde_cli.sdes.base import SDE
 from scoresde_cli.sdes.correlated import Correlated
 from scoresde_cli.sdes.covariances import KINDS, Equi, Periodic
 from scoresde_cli.sdes.operators import Scalar
+from scoresde_cli.sdes.structured import Dense
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.sdes.whitened import General, Modes
 from scoresde_cli.training.mixing import moments
@@ -116,6 +117,14 @@ def test_a_drift_whose_exponential_overflows_has_a_finite_kernel():
     assert M.isfinite().all()
     P = solve_continuous_lyapunov(process.A.numpy(), 2 * np.eye(2))
     assert np.abs(C[0].numpy() - P + M[0].numpy() @ P @ M[0].numpy().T).max() < 1e-12
+
+
+def test_at_time_zero_nothing_has_moved_even_beside_later_times():
+    kernel, t = General(VP(), laws.stable(3)).kernel(), torch.tensor([0.0, 0.5, 0.0], dtype=F64)
+    x = normal((3, 3), generator(0, "x"), F64)
+    noised = kernel.sample(x, t, generator(1, "x"))
+    assert torch.equal(noised.x_t[::2], x[::2])
+    assert torch.allclose(noised.x_t[1:2], kernel.with_noise(x[1:2], t[1:2], noised.eps[1:2]).x_t, atol=1e-12)
 
 
 def test_an_unstable_drift_starts_from_the_law_that_it_has_reached():
@@ -255,6 +264,17 @@ WRONG = [
     ({"sigma": "dense", "file": "words.csv"}, "not readable"), ({"drift": "wide.npy"}, r"expected \(6, 6\)"),
     ({"sigma": "low_rank", "file": "tall.npy"}, r"expected \(6, r\)"), ({"sigma": "data"}, "not here"),
 ]  # fmt: skip
+
+
+def test_a_covariance_of_one_s_own_is_checked():
+    class Half(Equi):
+        def factor(self, shape):
+            return Dense(0.5 * torch.eye(*shape, *shape, dtype=F64))
+
+    with pytest.raises(ScoreSDEError, match="trace 6, found 3"):
+        Correlated(Half(), shape=(D,))
+    with pytest.raises(ScoreSDEError, match="it is for the kinds by name"):
+        Correlated(Half(), rho=0.5, shape=(D,))
 
 
 @pytest.mark.parametrize(("keys", "says"), WRONG, ids=lambda v: str(v)[:40])

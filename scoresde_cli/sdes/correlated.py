@@ -11,6 +11,7 @@ Scores, losses, samplers and densities work in z (`whitening`), so that the matr
 never formed: the loss is |L^T S + eps / sigma|^2 or its implicit twin S^T Sigma S + 2 tr(Sigma J).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -91,6 +92,10 @@ class Correlated(SDE):
         self.covariance.load(kept, train)
         self.kept = self.covariance.kept
         self.L, inner = self._whiten(drift, shape, kept)
+        if not math.isfinite(self.L.log_det) or abs(self.L.trace / self.L.d - 1.0) > 1e-6:
+            raise ScoreSDEError(
+                f"sde.sigma={self.sigma}: expected a positive definite matrix of trace {self.L.d}, found {self.L.trace:.4g}"
+            )
         self.white = Whitening(inner, self.L)
 
     def _whiten(self, drift: str, shape: tuple[int, ...], kept: dict[str, Tensor]) -> tuple[Structured, SDE]:

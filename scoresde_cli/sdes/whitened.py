@@ -173,8 +173,7 @@ class General(WhiteLinear):
         else:  # a sampler has one time for all rows
             times, index = torch.unique(t, return_inverse=True)
             M, C = (each[index] for each in self.moments(times))
-        # At t = 0, C = 0: its factor is the limit of none.
-        factor = torch.linalg.cholesky_ex(C)[0] if bool((t > 0).all()) else torch.zeros_like(C)
+        factor = torch.where((t > 0).reshape(-1, 1, 1), torch.linalg.cholesky_ex(C)[0], 0.0)  # at t = 0, C = 0
         found = Matrix(M.to(t.dtype)), Matrix(factor.to(t.dtype))
         if not t.requires_grad:
             self.last = t, found
