@@ -1,7 +1,21 @@
 """What the user should know of a setting before the work starts: risky, but legal."""
 
+import torch
+
 from scoresde_cli import projections
 from scoresde_cli.compose import Parts
+from scoresde_cli.sdes.whitened import MatrixKernel
+
+
+def remembered(parts: Parts) -> float:
+    """The largest ratio of the data's to the noise's variance that correlated noise leaves in a direction at T; else 0."""
+    white = parts.sde.whitening()
+    if white is None:
+        return 0.0
+    kernel, lam = parts.model.kernel, parts.model.lam.double().cpu()
+    t = torch.full((1,), parts.sde.T, dtype=torch.float64)
+    alpha, sigma = kernel.levels(t, lam) if isinstance(kernel, MatrixKernel) else (kernel.alpha(t), kernel.sigma(t))
+    return float((alpha.square() * lam / sigma.square()).max())
 
 
 def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -33,6 +47,12 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
         )
     if loss.second_order and parts.model.parameterisation.warning:
         warnings.append(parts.model.parameterisation.warning)
+    left = remembered(parts)
+    if left > 0.05:
+        warnings.append(
+            f"at T one direction still holds {left:.2g} times as much variance of the data as of noise, and the prior knows "
+            "nothing of it: take a larger sde.beta_max, sde.sigma=data, or sde.drift=isotropic"
+        )
     if parts.optimizer.schedule == "constant" and s.ema is None:
         warnings.append("a constant learning rate without ema: the last weights carry the noise of the last steps")
     if s.steps < 2000:

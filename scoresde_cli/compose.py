@@ -22,11 +22,12 @@ from scoresde_cli.losses.base import Loss, Times
 from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
-from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian, gaussian_model
+from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_white, gaussian_model
 from scoresde_cli.networks.parameterisation import Parameterisation
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.covariances import Covariance
 from scoresde_cli.training.directions import Directions
 from scoresde_cli.training.loop import Chooser, Plan
 from scoresde_cli.training.mixing import Mixer
@@ -38,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64, 
 BASES: dict[str, type] = {
     "data": Dataset, "sde": SDE, "network": nn.Module, "parameterisation": Parameterisation, "loss": Loss,
     "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler, "predictor": Sampler,
+    "sigma": Covariance,
 }  # fmt: skip
 ALL_THREADS = torch.get_num_threads()  # before any run of this process changes it
 PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")
@@ -237,8 +239,8 @@ def check(config: Mapping[str, Any]) -> None:
     keys = settings(config)
     pick_device(keys.device)
     for name in PARTS:
-        if name in ("data", "network"):
-            runtime = ("shape", "classes") if name == "network" else ()
+        if name in ("data", "network") or "shape" in takes(config[name], name):
+            runtime = {"network": ("shape", "classes"), "sde": ("shape", "train", "kept")}.get(name, ())
             node = dict(config[name])
             cls = locate(node.pop("_target_", None), name)
             check_call(cls, node, name, runtime)
@@ -268,7 +270,7 @@ def pick_device(name: str) -> torch.device:
 def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int, classes: int = 0) -> nn.Module:
     """The network with weights that depend on the seed alone. Raises ScoreSDEError where the data has labels and it takes none."""
     runtime: dict[str, Any] = {"shape": tuple(shape)}
-    if isinstance(node, Mapping) and "classes" in inspect.signature(locate(node.get("_target_"), "network")).parameters:
+    if isinstance(node, Mapping) and "classes" in takes(node, "network"):
         runtime["classes"] = classes
     elif classes:
         raise ScoreSDEError(
@@ -278,6 +280,18 @@ def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int, cl
         torch.manual_seed(generator(seed, "init").initial_seed())
         network: nn.Module = build(node, "network", **runtime)
     return network
+
+
+def takes(node: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The arguments of what a config node names."""
+    return inspect.signature(locate(node.get("_target_"), where)).parameters
+
+
+def build_sde(node: Mapping[str, Any], data: Dataset) -> SDE:
+    """The process; one that takes them is given the data's shape, its training rows, and what a run kept of its matrices."""
+    there = {"shape": tuple(data.shape), "train": data.splits.get("train"), "kept": data.kept}
+    found: SDE = build(node, "sde", **{name: there[name] for name in there.keys() & takes(node, "sde")})
+    return found
 
 
 def build_loss(node: Mapping[str, Any], keys: Settings) -> Loss:
@@ -304,6 +318,10 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
     if loss.needs_kernel and sde.kernel() is None:
         raise ScoreSDEError(
             f"loss={loss.name} needs a closed-form kernel, which sde {type(sde).__name__} has not; ism, ssm and ssm_vr work"
+        )
+    if isinstance(loss, DSMCV) and not model.kernel.scalar:
+        raise ScoreSDEError(
+            "loss=dsm_cv needs one noise level for all directions: sde.drift=isotropic; ssm_vr and dsm work"
         )
     law = getattr(loss, "projection", None)
     if law is not None and law.adapted and not loss.second_order:
@@ -343,22 +361,22 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     """
     keys = settings(config)
     device, dtype = pick_device(keys.device), DTYPES[keys.precision]
-    sde: SDE = build(config["sde"], "sde")
-    if keys.t_min >= sde.T:
-        raise ScoreSDEError(f"t_min={keys.t_min}: expected less than the process's T={sde.T}")
     optimizer: Adam = build(config["optimizer"], "optimizer")
     sampler: Sampler = build(config["sampler"], "sampler")
     build(config["projection"], "projection")
     loss = build_loss(config["loss"], keys)
     if data is None:
         data = build(config["data"], "data")
+    sde = build_sde(config["sde"], data)
+    if keys.t_min >= sde.T:
+        raise ScoreSDEError(f"t_min={keys.t_min}: expected less than the process's T={sde.T}")
     parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
     if gaussian is None:
-        gaussian = fit_gaussian(data.splits["train"], parameterisation.covariance)
+        gaussian = fit_white(sde, data.splits["train"], parameterisation.covariance)
     moments = None
     if "train" in data.splits:  # the baseline is the same whatever the parameterisation makes of the moments
         rows, d = len(data.splits["train"]), int(torch.Size(data.shape).numel())
-        moments = fit_gaussian(data.splits["train"], "full" if rows > 10 * d else "isotropic")
+        moments = fit_white(sde, data.splits["train"], "full" if rows > 10 * d else "isotropic")
     network = build_network(config["network"], data.shape, keys.seed, len(data.classes))
     model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)

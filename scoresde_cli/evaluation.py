@@ -222,7 +222,7 @@ def evaluate(
             entry["protocol"] |= sampler.protocol() | common | of
         summary |= found
     if "sliced_wasserstein" in summary:
-        gaussian = parts.baseline.gaussian.sample(len(drawn), generator(seed, "gaussian")).float()
+        gaussian = parts.baseline.moments.sample(len(drawn), generator(seed, "gaussian")).float()
         value = sliced_wasserstein(gaussian, reference.flatten(1))
         summary["sliced_wasserstein_baseline"] = plain(
             value, "model units", n=len(drawn), of="a Gaussian with the data's moments"

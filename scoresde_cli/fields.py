@@ -2,19 +2,23 @@
 
 With x_t = alpha x_0 + L eps, C = L L^T and the score s of p_t:
 
-    E[x_0 | x_t] = (x_t + C s) / alpha        (Robbins 1956, Tweedie's formula)
+    E[x_0 | x_t] = (x_t + C s) / alpha        (Robbins 1956, Tweedie's formula; M^{-1} where the mean is M x_0)
     E[eps | x_t] = -L^T s
     velocity     = f - 1/2 Sigma s - 1/2 div Sigma
+
+In coordinates u, x = Q u, the score is Q^T s(Q u) and its Jacobian Q^T J Q.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 
+import torch
 from torch import Tensor
 
+from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.sdes.base import SDE
-from scoresde_cli.sdes.operators import expand
+from scoresde_cli.sdes.operators import LinearOperator
 
 
 class FieldModel(ABC):
@@ -35,6 +39,11 @@ class FieldModel(ABC):
     def labelled(self, labels: Tensor | None) -> "FieldModel":
         """The model given labels (B,) or (1,), -1 for none; itself where it knows none."""
         return self
+
+    def whitened(self) -> "FieldModel":
+        """The same law in the process's white coordinates (SDE.whitening); itself where x is white already."""
+        white = self.sde.whitening()
+        return self if white is None else Within(self, white.sde, lambda t: white.factor)
 
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x) up to a constant that depends on t, shape (B,); where `provides` names it."""
@@ -57,7 +66,7 @@ class FieldModel(ABC):
             "log_density": lambda: self.log_density(x, t),
             "velocity": lambda: self.sde.velocity(x, t, s),
             "eps": lambda: -self._kernel().factor(t).mul_t(s),
-            "x0": lambda: (x + self._kernel().factor(t).cov(s)) / expand(self._kernel().alpha(t), x),
+            "x0": lambda: self._kernel().origin(x + self._kernel().factor(t).cov(s), t),
         }
         return {name: known[name]() for name in names}
 
@@ -66,3 +75,42 @@ class FieldModel(ABC):
         if kernel is None:
             raise ScoreSDEError("eps and x0 need a process with a closed-form kernel; this one has none")
         return kernel
+
+
+class Within(FieldModel):
+    """A field model in coordinates u, x = Q(t) u, in which the process is `sde`.
+
+    Args:
+        Q: t (B,) -> the operator.
+    """
+
+    def __init__(self, model: FieldModel, sde: SDE, Q: Callable[[Tensor], LinearOperator]) -> None:
+        self.model, self.sde, self.Q = model, sde, Q
+        self.provides, self.evaluations = model.provides, model.evaluations
+        self.variance, self.bounds = model.variance, model.bounds
+
+    def labelled(self, labels: Tensor | None) -> "Within":
+        return Within(self.model.labelled(labels), self.sde, self.Q)
+
+    def whitened(self) -> "Within":
+        return self
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        Q = self.Q(t)
+        return Q.mul_t(self.model.score(Q.mul(x), t))
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.model.log_density(self.Q(t).mul(x), t)
+
+    def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(score (B, *D), J v (K, B, *D)) for directions v of shape (K, B, *D)."""
+        Q = self.Q(t)
+        score, jvp = divergence.dual(self.model, Q.mul(x), t, torch.stack([Q.mul(each) for each in v]))
+        return Q.mul_t(score), torch.stack([Q.mul_t(each) for each in jvp])
+
+    def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """(score (B, *D), v_k^T J v_k (K, B)); the trace of a linear part is not known in these coordinates."""
+        Q = self.Q(t)
+        w = torch.stack([Q.mul(each) for each in v])
+        score, products = divergence.score_and_projections(self.model, Q.mul(x), t, w)
+        return Q.mul_t(score), products

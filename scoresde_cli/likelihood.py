@@ -78,12 +78,15 @@ def log_prob(
     Needs a process with a Gaussian kernel and no jumps. The directions of row i depend on the seed and i alone.
     """
     flow = flow or Flow()
-    found, spent = [], 0.0
+    found, spent, white, shift = [], 0.0, sde.whitening(), 0.0
+    if white is not None:  # x = W z: log p(x) = log p(z) - log |det W|
+        model, sde, x = model.whitened(), white.sde, white.into(x)
+        shift = float(white.factor.logdet(x[0].numel()))
     for i, part in enumerate(x.split(ROWS)):
         estimates, nfe = integrate(model, sde, part, t_min, flow, generator(seed, "probes", i, device=x.device))
         found.append(estimates)
         spent += nfe * len(part) / len(x)
-    return LogDensity(torch.cat(found, dim=1), spent)
+    return LogDensity(torch.cat(found, dim=1) - shift, spent)
 
 
 def integrate(

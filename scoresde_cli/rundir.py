@@ -202,7 +202,7 @@ class RunDir:
 
     def _describe(self, config: Mapping[str, Any], parts: Parts, command: list[str]) -> None:
         self.write_config(config)
-        write_durably(self.path / "data.safetensors", pack_data(parts.data, parts.model.gaussian))
+        write_durably(self.path / "data.safetensors", pack_data(parts.data, parts.model.gaussian, parts.sde.kept))
         (self.path / "figures").mkdir()
         (self.path / "lock").touch()
         self.write(

@@ -1,6 +1,7 @@
 """What a run remembers of its data: shape, names, units and Gaussian part, in data.safetensors."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ class Stored(Dataset):
         self.splits, self.facts = {}, {}
 
 
-def pack_data(data: Dataset, gaussian: Gaussian) -> bytes:
-    """Units, names and Gaussian part as safetensors bytes."""
+KEPT = "sde."  # before the names of the process's matrices
+
+
+def pack_data(data: Dataset, gaussian: Gaussian, kept: Mapping[str, Tensor] | None = None) -> bytes:
+    """Units, names, Gaussian part and the process's matrices (SDE.kept) as safetensors bytes."""
     units = data.units
     tensors = {
         "shift": units.shift, "scale": units.scale, "matrix": units.matrix, "resolution": units.resolution, "origin": units.origin,
         "low": data.bounds[0], "high": data.bounds[1], "mean": gaussian.mean, "lam": gaussian.lam, "basis": gaussian.basis,
     }  # fmt: skip
+    tensors |= {KEPT + name: tensor for name, tensor in (kept or {}).items()}
     facts = {"shape": list(data.shape), "kind": data.kind, "columns": data.columns, "classes": data.classes}
     present = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
     return save(present, {"data": json.dumps(facts)})
@@ -57,12 +62,15 @@ def unpack_data(path: Path) -> tuple[Stored, Gaussian]:
         d = int(np.prod(shape))
         sizes = {"matrix": (d, d), "basis": (d, d)}
         for name, tensor in tensors.items():
-            if tuple(tensor.shape) != sizes.get(name, (d,)) or not tensor.isfinite().all():
+            right = tensor.ndim == 2 if name.startswith(KEPT) else tuple(tensor.shape) == sizes.get(name, (d,))
+            if not right or not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite or not of {d} coordinates")
         if ("scale" in tensors) == ("matrix" in tensors):
             raise ValueError("expected a scale or a matrix")
-        return Stored(
+        stored = Stored(
             shape, facts["kind"], facts["columns"], units, (tensors["low"], tensors["high"]), facts["classes"]
-        ), gaussian
+        )
+        stored.kept = {name.removeprefix(KEPT): x for name, x in tensors.items() if name.startswith(KEPT)}
+        return stored, gaussian
     except Exception as problem:  # every way in which foreign bytes can fail to be this file
         raise Unreadable(f"{path}: not readable ({one_line(problem)[:120]})") from problem

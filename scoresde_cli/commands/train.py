@@ -141,7 +141,9 @@ def go_on(run: RunDir, trust: bool, changes: dict[str, Any]) -> None:
         kept = run.config(trust)
         was_finished = run.facts()["status"] == "finished"
         kept |= {**changes, "tracker": kept["tracker"] | changes.get("tracker", {})}
-        parts = compose(kept)
+        data = build(kept["data"], "data")
+        data.kept = run.stored_data()[0].kept
+        parts = compose(kept, data)
         tracker = build(kept["tracker"], "tracker")
         checkpoint = run.checkpoint(parts.device) if checkpoints(run.path / "checkpoints") else None
         done = 0 if checkpoint is None else int(checkpoint.facts["step"])

@@ -1,6 +1,7 @@
 """The contract of every data set: splits in model coordinates, the way back to the user's units, the law if known."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +84,7 @@ class Dataset(ABC):
         labels: the label of each row by split, (n,) int64, where there are classes.
         splits: float32 tensors (n, *D) by name: train, valid, test.
         bounds: the least and the largest value of each coordinate in the training split, (d,) each.
+        kept: matrices that a run remembers of its process (SDE.kept), where the data set comes from a run.
         facts: what a reader of the run should know (file, rows dropped, ...).
     """
 
@@ -94,6 +96,7 @@ class Dataset(ABC):
     quantum: Tensor | None = None
     labels: dict[str, Tensor] | None = None
     splits: dict[str, Tensor]
+    kept: Mapping[str, Tensor] = {}
     facts: dict[str, Any]
 
     @cached_property

@@ -1,6 +1,7 @@
 """Exact densities and scores of noised Gaussian mixtures, in float64: what a trained score is measured against."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,19 +38,56 @@ class Mixture:
             y = torch.einsum("nij,nj->ni", self.bases[k], y)
         return self.means[k] + y
 
+    def covariances(self) -> Tensor:
+        """(K, d, d)."""
+        if self.bases is None:
+            return torch.diag_embed(self.lam)
+        return (self.bases * self.lam.unsqueeze(1)) @ self.bases.mT
+
+    def seen(self, view: Callable[[Tensor], Tensor]) -> "Mixture":
+        """The law of view(x), linear in x (n, d)."""
+        found = [torch.linalg.eigh(view(view(K).T)) for K in self.covariances()]
+        lam, bases = (torch.stack(each) for each in zip(*found, strict=True))
+        return Mixture(self.weights, view(self.means), lam.clamp_min(0.0), bases)
+
 
 class Oracle(FieldModel):
-    """log p_t and its score for a mixture noised by a process with x_t = alpha x_0 + sigma eps.
+    """log p_t and its score for a mixture noised by a process with x_t = M x_0 + L eps.
 
-    Component k of p_t is N(alpha mu_k, U_k (alpha^2 diag(lam_k) + sigma^2) U_k^T), so both are closed forms.
+    Component k of p_t is N(M mu_k, M K_k M^T + L L^T), so both are closed forms; with M = alpha I and L = sigma I its covariance is
+    U_k (alpha^2 diag(lam_k) + sigma^2) U_k^T at all times. Where a process has white coordinates, x = W z, the law is taken there:
+    log p(x) = log p(z) - log |det W|, score(x) = W^{-T} score(z).
     """
 
     provides = FieldModel.provides | {"log_density"}
 
     def __init__(self, law: Mixture, sde: SDE) -> None:
-        kernel = sde.kernel()
+        kernel, self.white = sde.kernel(), sde.whitening()
         assert kernel is not None
         self.law, self.sde, self.kernel = law, sde, kernel
+        if self.white is not None:
+            self.inner = Oracle(law.seen(self.white.into), self.white.sde)
+
+    def whitened(self) -> "Oracle":
+        return self if self.white is None else self.inner
+
+    def _moving(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log w_k N_k(x) (B, K), L_k^{-1} (x - M mu_k) (B, K, d) and L_k, the Cholesky factors of the covariances (B, K, d, d)."""
+        (n, d), count = x.flatten(1).shape, len(self.law.weights)
+        units = torch.eye(d, dtype=torch.float64, device=x.device).repeat_interleave(n, 0)
+
+        def matrix(act: Callable[[Tensor, Tensor], Tensor], times: Tensor) -> Tensor:
+            return act(units, times).reshape(d, n, d).permute(1, 2, 0)  # act(e_j) is column j
+
+        every = t.double().repeat(d)
+        M = matrix(self.kernel.mean, every)
+        C = matrix(lambda v, s: self.kernel.factor(s).cov(v), every)
+        cov = M.unsqueeze(1) @ self.law.covariances() @ M.unsqueeze(1).mT + C.unsqueeze(1)
+        L = torch.linalg.cholesky(0.5 * (cov + cov.mT))
+        y = x.double().flatten(1).unsqueeze(1) - (self.law.means @ M.mT).reshape(n, count, d)
+        y = torch.linalg.solve_triangular(L, y.unsqueeze(3), upper=False).squeeze(3)
+        log = self.law.weights.log() - 0.5 * (y.square() + math.log(2 * math.pi)).sum(-1)
+        return log - L.diagonal(dim1=2, dim2=3).log().sum(-1), y, L
 
     def _parts(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N_k(x) (B, K), U_k^T (x - alpha mu_k) (B, K, d) and the variances (B, K, d)."""
@@ -64,6 +102,11 @@ class Oracle(FieldModel):
 
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x) in nats, (B,), float64."""
+        if self.white is not None:
+            shift = self.white.factor.logdet(x[0].numel()).to(device=x.device, dtype=torch.float64)
+            return self.inner.log_prob(self.white.into(x.double()), t) - shift
+        if not self.kernel.scalar:
+            return torch.logsumexp(self._moving(x, t)[0], dim=1)
         return torch.logsumexp(self._parts(x, t)[0], dim=1)
 
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
@@ -71,6 +114,12 @@ class Oracle(FieldModel):
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x), shaped and typed like x, computed in float64."""
+        if self.white is not None:
+            return self.white.factor.solve_t(self.inner.score(self.white.into(x.double()), t)).to(x.dtype)
+        if not self.kernel.scalar:
+            log, y, L = self._moving(x, t)
+            pull = -torch.linalg.solve_triangular(L.mT, y.unsqueeze(3), upper=True).squeeze(3)
+            return (torch.softmax(log, dim=1).unsqueeze(-1) * pull).sum(1).reshape(x.shape).to(x.dtype)
         log, y, var = self._parts(x, t)
         pull = -y / var
         if self.law.bases is not None:

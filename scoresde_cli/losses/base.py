@@ -2,6 +2,9 @@
 
 A loss maps (model, sde, x0, generator) to one number a sample, (B,). All of them are written in the convention
 |S|^2 + 2 tr J (and |S - target|^2 for DSM); `half=True` gives half of it.
+
+Where noise is correlated, with a covariance C of x_t given x_0, the loss is S^T C S + 2 tr(C J), and DSM's |L^T S + eps|^2 with
+C = L L^T: the same losses in coordinates in which C = sigma(t)^2 I, so a loss never sees any but isotropic noise.
 """
 
 import math
@@ -13,9 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from scoresde_cli.fields import FieldModel
+from scoresde_cli.fields import FieldModel, Within
 from scoresde_cli.rng import uniform
-from scoresde_cli.sdes.base import SDE, Noised
+from scoresde_cli.sdes.base import SDE, Kernel, Noised
+from scoresde_cli.sdes.operators import Scalar
 
 Weighting = Literal["sigma2", "g2", "one"]
 Times = Literal["mixed", "uniform", "log_uniform"]
@@ -92,7 +96,12 @@ class Loss(ABC):
 
         Times that were drawn by another law than `times` bring a weight.
         """
-        value = self.value(model, sde, x0, noised, t, generator) * noised.aux.get("weight", 1.0)
+        shares = noised.aux.get("weight", 1.0)
+        model, sde, x0, noised = in_white(model, sde, x0, noised, t)
+        kernel = sde.kernel()
+        if self.weighting == "sigma2" and kernel is not None and not kernel.scalar:
+            model, noised = in_noise_units(model, sde, kernel, noised, t)
+        value = self.value(model, sde, x0, noised, t, generator) * shares
         return (0.5 if self.half else 1.0) * self.weight(sde, t, x0[0].numel()) * value
 
     def __call__(self, model: FieldModel, sde: SDE, x0: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,3 +113,20 @@ class Loss(ABC):
         scale = "1/2 " if self.half else ""
         weighting = {"sigma2": "sigma(t)^2", "g2": "g(t)^2", "one": "1"}[self.weighting]
         return f"{self.name}: {scale}E[ {self.formula} ], weighted by {weighting}"
+
+
+def in_white(
+    model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor
+) -> tuple[FieldModel, SDE, Tensor, Noised]:
+    """All of them in the process's white coordinates, as they are where it has none."""
+    white = sde.whitening()
+    if white is None:
+        return model, sde, x0, noised
+    return model.whitened(), white.sde, white.into(x0), white.noised(x0, t, noised)
+
+
+def in_noise_units(model: FieldModel, sde: SDE, kernel: Kernel, noised: Noised, t: Tensor) -> tuple[Within, Noised]:
+    """Both in u = sigma L^{-1} x, where the covariance L L^T of x_t given x_0 is sigma^2 I, sample by sample."""
+    R, sigma = kernel.shape(t), kernel.sigma(t)
+    mean = None if noised.mean is None else R.solve(noised.mean)
+    return Within(model, sde, kernel.shape), Noised(R.solve(noised.x_t), mean, Scalar(sigma), noised.eps)

@@ -68,7 +68,7 @@ def nll(
     if law is not None:
         errors = factor * found.standard_error.cpu().numpy()
         detail["standard_error_of_the_directions"] = float(np.sqrt(np.square(errors).sum()) / len(errors))
-    moments = factor * (shift - baseline.gaussian.log_prob(x.cpu()).numpy())
+    moments = factor * (shift - baseline.moments.log_prob(x.cpu()).numpy())
     summary = {"nll": entry(values, floor, detail=detail)}
     if np.isfinite(moments).all():  # a pixel that is always white has no density
         summary["nll_baseline"] = entry(moments, floor)

@@ -12,6 +12,16 @@ from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
 
 
+def squared_gap(model: FieldModel, exact: FieldModel, sde: SDE, x: Tensor, t: Tensor) -> Tensor:
+    """|L^T (s - s_exact)|^2, (n,), float64, L L^T the covariance of x_t given x_0: sigma^2 |s - s_exact|^2 for isotropic noise."""
+    kernel = sde.kernel()
+    assert kernel is not None
+    gap = model.score(x, t).double() - exact.score(x.double(), t)
+    if kernel.scalar:
+        return gap.square().flatten(1).sum(1) * kernel.sigma(t).double().square()
+    return kernel.factor(t.double()).mul_t(gap).square().flatten(1).sum(1)
+
+
 @torch.no_grad()
 def squared_errors(
     model: FieldModel, exact: FieldModel, sde: SDE, x0: Tensor, t_min: float, seed: int
@@ -20,13 +30,8 @@ def squared_errors(
     source = generator(seed, "score_error", device=x0.device)
     t = draw_times("uniform", len(x0), t_min, sde.T, source).to(x0.dtype)
     x = sde.perturb(x0, t, source).x_t
-    kernel = sde.kernel()
-    assert kernel is not None
-    parts = [
-        (model.score(a, b).double() - exact.score(a.double(), b)).square().flatten(1).sum(1)
-        for a, b in zip(x.split(4096), t.split(4096), strict=True)
-    ]
-    return t, torch.cat(parts) * kernel.sigma(t).double().square()
+    parts = [squared_gap(model, exact, sde, a, b) for a, b in zip(x.split(4096), t.split(4096), strict=True)]
+    return t, torch.cat(parts)
 
 
 @torch.no_grad()
@@ -36,15 +41,12 @@ def curve(
     """The error by time: t (points,), log-spaced, with the mean at each and its 95 percent interval, from 1000 rows each."""
     times = np.geomspace(t_min, sde.T, points)
     found: dict[str, list[float]] = {"t": times.tolist(), "value": [], "low": [], "high": []}
-    kernel = sde.kernel()
-    assert kernel is not None
     for i, now in enumerate(times):
         source = generator(seed, "score_curve", i, device=x0.device)
         rows = x0[torch.randint(len(x0), (1000,), generator=source, device=x0.device)]
         t = torch.full((1000,), min(float(now), sde.T), device=x0.device, dtype=x0.dtype)
         x = sde.perturb(rows, t, source).x_t
-        gaps = (model.score(x, t).double() - exact.score(x.double(), t)).square().flatten(1).sum(1)
-        values = (gaps * kernel.sigma(t).double().square()).cpu().numpy()
+        values = squared_gap(model, exact, sde, x, t).cpu().numpy()
         low, high = bootstrap_mean(values, seed, 300)
         for name, number in (("value", float(values.mean())), ("low", low), ("high", high)):
             found[name].append(number)
@@ -64,7 +66,7 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 1000) -> list
 def score_error(model: FieldModel, exact: FieldModel, sde: SDE, x0: Tensor, t_min: float, seed: int) -> dict[str, Any]:
     """F = E_t sigma^2 |s - s_exact|^2, summed over coordinates, t uniform on [t_min, T], x0 held-out data (n, *D).
 
-    With the same by time, as `curve`.
+    With correlated noise C in place of sigma^2 I: (s - s_exact)^T C (s - s_exact). With the same by time, as `curve`.
     """
     _, errors = squared_errors(model, exact, sde, x0, t_min, seed)
     values = errors.cpu().numpy()

@@ -1,7 +1,12 @@
-"""The score model: one network, its parameterisation, and the data's Gaussian part."""
+"""The score model: one network, its parameterisation, and the data's Gaussian part.
+
+Where a process has white coordinates (SDE.whitening), the model is one of z, x = W z: there the network's input is white and its
+output stands for white noise. score(x) = W^{-T} score(z); `whitened()` is the model in z, which needs no W at all.
+"""
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,10 +15,12 @@ from torch import Tensor, nn
 
 from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.fields import FieldModel
+from scoresde_cli.fields import FieldModel, Within
 from scoresde_cli.networks.parameterisation import Parameterisation, Residual
 from scoresde_cli.rng import normal
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.base import SDE, Whitening
+from scoresde_cli.sdes.operators import Inverse
+from scoresde_cli.sdes.whitened import MatrixKernel
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,17 @@ class Gaussian:
         """n draws (n, d), float64."""
         y = normal((n, len(self.mean)), source, torch.float64) * self.lam.sqrt()
         return self.mean + (y if self.basis is None else y @ self.basis.T)
+
+    def variances(self) -> Tensor:
+        """Of each coordinate, (d,)."""
+        return self.lam if self.basis is None else self.basis.square() @ self.lam
+
+    def seen(self, view: Callable[[Tensor], Tensor]) -> "Gaussian":
+        """The law of view(x), linear in x (n, d)."""
+        root = self.lam.sqrt().diag() if self.basis is None else self.lam.sqrt().unsqueeze(1) * self.basis.T
+        rows = view(root)  # sum of r r^T over the rows r is the covariance
+        lam, basis = torch.linalg.eigh(rows.T @ rows)
+        return Gaussian(view(self.mean.unsqueeze(0))[0], lam.clamp_min(0.0), basis)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The log-density at x (n, *D), nats, (n,), float64; infinite off the support of a degenerate one."""
@@ -50,6 +68,15 @@ def fit_gaussian(x: Tensor, covariance: str) -> Gaussian:
     return Gaussian(mean, lam, None)
 
 
+def fit_white(sde: SDE, x: Tensor, covariance: str) -> Gaussian:
+    """`fit_gaussian` in the process's white coordinates, where it has such; in full where each is noised at its own level."""
+    white = sde.whitening()
+    if white is None:
+        return fit_gaussian(x, covariance)
+    kernel = white.sde.kernel()
+    return fit_gaussian(white.into(x.double()), covariance if kernel is None or kernel.scalar else "full")
+
+
 class Zero(nn.Module):
     """The network that returns zero: with the residual parameterisation, the Gaussian model of the data."""
 
@@ -67,9 +94,10 @@ class ScoreModel(nn.Module, FieldModel):
         network: any module that does not mix the samples of a batch.
         sde: a process with a kernel (alpha and sigma are the noise levels).
         parameterisation: the coefficients.
-        gaussian: moments of the training data.
+        gaussian: moments of the training data, in white coordinates where the process has such.
     """
 
+    white: Whitening | None
     mean: Tensor
     lam: Tensor
     basis: Tensor | None
@@ -80,7 +108,8 @@ class ScoreModel(nn.Module, FieldModel):
 
     def __init__(self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian) -> None:
         super().__init__()
-        kernel = sde.kernel()
+        self.white = sde.whitening()
+        kernel = (sde if self.white is None else self.white.sde).kernel()
         if kernel is None:
             raise ScoreSDEError(f"sde {type(sde).__name__} has no closed-form kernel, which the noise levels come from")
         self.network, self.sde, self.kernel = network, sde, kernel
@@ -90,6 +119,8 @@ class ScoreModel(nn.Module, FieldModel):
             self.provides = self.provides | {"log_density"}
         # In float64 here; `.to(dtype)` on the whole model brings them to the network's precision.
         self.register_buffer("mean", gaussian.mean)
+        if not kernel.scalar:  # coordinates are what is noised at its own level; only their variances are of use
+            gaussian = Gaussian(gaussian.mean, gaussian.variances(), None)
         self.register_buffer("lam", gaussian.lam)
         self.register_buffer("basis", gaussian.basis if parameterisation.centred else None)
 
@@ -98,6 +129,19 @@ class ScoreModel(nn.Module, FieldModel):
         view = copy.copy(self)
         view.labels = labels
         return view
+
+    def whitened(self) -> "ScoreModel":
+        """The same model, same weights, of white coordinates."""
+        if self.white is None:
+            return self
+        view = copy.copy(self)
+        view.white, view.sde = None, self.white.sde
+        return view
+
+    @property
+    def moments(self) -> Gaussian:
+        """The Gaussian part in the data's own coordinates."""
+        return self.gaussian if self.white is None else self.gaussian.seen(self.white.out)
 
     @property
     def variance(self) -> float:  # type: ignore[override]
@@ -116,9 +160,15 @@ class ScoreModel(nn.Module, FieldModel):
         """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d)."""
         alpha, sigma = self.kernel.alpha(t), self.kernel.sigma(t)
         y = x.flatten(1)
-        if self.parameterisation.centred:
-            y = self._turn(y - alpha.unsqueeze(1) * self.mean)
-        skip, out, inp = self.parameterisation.coefficients(alpha.unsqueeze(1), sigma.unsqueeze(1), self.lam)
+        if isinstance(self.kernel, MatrixKernel):
+            levels = self.kernel.levels(t, self.lam)
+            if self.parameterisation.centred:
+                y = y - self.kernel.mean(self.mean.expand_as(y), t)
+        else:
+            levels = alpha.unsqueeze(1), sigma.unsqueeze(1)
+            if self.parameterisation.centred:
+                y = self._turn(y - alpha.unsqueeze(1) * self.mean)
+        skip, out, inp = self.parameterisation.coefficients(*levels, self.lam)
         if getattr(self.network, "conservative", False):
             # diag(out) H diag(inp) is symmetric, so the score is still a gradient, where out is a multiple of inp.
             out = inp * (out / inp).mean(1, keepdim=True)
@@ -129,6 +179,8 @@ class ScoreModel(nn.Module, FieldModel):
         return y, c, skip, out, inp
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.white is not None:
+            return self.white.factor.solve_t(self.whitened()(self.white.into(x), t))
         y, c, skip, out, inp = self._prepare(x, t)
         with self._lowered(x):
             net = self.network((inp * y).reshape(x.shape), c).flatten(1)
@@ -139,9 +191,16 @@ class ScoreModel(nn.Module, FieldModel):
 
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
         """1/2 sum skip y^2 + k e(inp y, c), whose gradient the score is where the network is the gradient of e and out = k inp."""
+        if self.white is not None:
+            return self.whitened().log_density(self.white.into(x), t)
         y, c, skip, out, inp = self._prepare(x, t)
         energy = self.network.energy((inp * y).reshape(x.shape), c)  # type: ignore[operator]
         return 0.5 * (skip * y.square()).sum(1) + (out / inp).mean(1) * energy
+
+    def _coloured(self) -> Within:
+        assert self.white is not None
+        inverse = Inverse(self.white.factor)
+        return Within(self.whitened(), self.sde, lambda t: inverse)
 
     def _push(self, x: Tensor, z: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         with self._lowered(x):
@@ -149,6 +208,8 @@ class ScoreModel(nn.Module, FieldModel):
 
     def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), J v (K, m, *D)) for directions v (K, m, *D) of the first m <= B samples."""
+        if self.white is not None:
+            return self._coloured().forward_dual(x, t, v)
         y, c, skip, out, inp = self._prepare(x, t)
         w, m = self._turn(v.flatten(2)), v.shape[1]
         net, jvp = self._push(x, inp * y, c, (inp[:m] * w).reshape(v.shape))
@@ -157,6 +218,8 @@ class ScoreModel(nn.Module, FieldModel):
 
     def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
         """(score (B, *D), v_k^T J v_k (K, m)), in the network's own coordinates; with `exact`, the linear part's trace."""
+        if self.white is not None:
+            return self._coloured().forward_projections(x, t, v)
         y, c, skip, out, inp = self._prepare(x, t)
         w, m = self._turn(v.flatten(2)), v.shape[1]
         net, jvp = self._push(x, inp * y, c, (inp[:m] * w).reshape(v.shape))
@@ -166,6 +229,8 @@ class ScoreModel(nn.Module, FieldModel):
 
     def forward_trace(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), tr J (B,)), exact; the trace is taken in the network's own coordinates."""
+        if self.white is not None:
+            return divergence.weighted_trace(self._coloured(), x, t, None)
         y, c, skip, out, inp = self._prepare(x, t)
         with self._lowered(x):
             net, trace = divergence.weighted_trace(self.network, (inp * y).reshape(x.shape), c, out * inp, self.chunk)

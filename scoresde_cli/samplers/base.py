@@ -2,6 +2,9 @@
 
 Samples are made in blocks of rows (as many as their size asks for), each with a generator of its own, and a block is always
 computed whole: sample i depends on the seed and on i alone, bit for bit, however many are asked for.
+
+Where noise is correlated, the walk is in white coordinates z, x = W z: what a sampler does with isotropic noise is right there, and
+it is the walk in x with W z as noise and W W^T in front of the score. What is clipped is so in x.
 """
 
 import dataclasses
@@ -20,8 +23,9 @@ from scoresde_cli.fields import FieldModel
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.samplers import grids
 from scoresde_cli.samplers.steering import Clipped, Known, Tempered, impose, renoise
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.base import SDE, Whitening
 from scoresde_cli.sdes.operators import expand
+from scoresde_cli.sdes.whitened import MatrixKernel
 
 Watch = Callable[[int, float, Tensor], None]
 
@@ -61,9 +65,12 @@ class Walk:
         return normal(tuple(x.shape), self.source, x.dtype)
 
     def levels(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha(t) and sigma(t), shaped so that they broadcast against x."""
+        """alpha(t) and sigma(t), shaped so that they broadcast against x; by coordinate where each has its own."""
         kernel = self.sde.kernel()
         assert kernel is not None
+        if isinstance(kernel, MatrixKernel):
+            ones = x.new_ones(x[0].numel())
+            return tuple(level.reshape(x.shape) for level in kernel.levels(t, ones))  # type: ignore[return-value]
         return expand(kernel.alpha(t), x), expand(kernel.sigma(t), x)
 
 
@@ -132,7 +139,24 @@ class Sampler(ABC):
             )
         special = {"clip": self.clip, "temperature": self.temperature != 1, "known": self.known is not None}
         asked = [f"sampler.{key}" for key, there in special.items() if there]
-        if sde.kernel() is None and (self.needs_kernel or asked):
+        white = sde.whitening()
+        kernel = (sde if white is None else white.sde).kernel()
+        if white is not None and self.known is not None:
+            raise ScoreSDEError(
+                f"sampler.known with correlated noise ({type(sde).__name__}): the known part's noise would have to be drawn given "
+                "that of the open part, which nobody knows; train with sde=vp"
+            )
+        if kernel is not None and not kernel.scalar and self.temperature != 1:
+            raise ScoreSDEError(
+                f"sampler.temperature needs one noise level for all directions, and with this drift of {type(sde).__name__} each "
+                "forgets at its own rate; sde.drift=isotropic has one"
+            )
+        if kernel is not None and not kernel.diagonal and self.needs_kernel:
+            raise ScoreSDEError(
+                f"sampler {name} needs coordinates that forget each by itself, which a matrix as the drift of {type(sde).__name__} "
+                "mixes; sampler=euler_maruyama, euler_ode, heun_ode and dopri5 work"
+            )
+        if kernel is None and (self.needs_kernel or asked):
             raise ScoreSDEError(
                 f"{asked[0] if asked else f'sampler {name}'} needs a process with a closed-form kernel, which {type(sde).__name__} "
                 "has not; euler_maruyama, euler_ode and heun_ode work"
@@ -151,27 +175,34 @@ class Sampler(ABC):
                 "sampler.known is for `scoresde sample`: there is no other place where samples are given values"
             )
         self.check(model, sde)
+        white = sde.whitening()
+        if white is not None:
+            model, sde = model.whitened(), white.sde
         if self.temperature != 1:
             model = Tempered(model, self.temperature)
         if self.clip:
-            model = Clipped(model)
+            model = Clipped(model, white)
         times = self.times(sde).to(device=device, dtype=dtype)
         rows = block_rows(torch.Size(shape).numel())
         for block in range(-(-n // rows)):
             walk = Walk(model, sde, generator(seed, "sample", block, device=device))
-            x = self.walk_down(walk, times, (rows, *shape), dtype, block, known, watch)
+            x = self.walk_down(walk, times, (rows, *shape), dtype, block, known, watch, white)
             yield Samples(x[: n - block * rows], walk.nfe)
 
     def walk_down(
         self, walk: Walk, times: Tensor, shape: tuple[int, ...], dtype: torch.dtype, block: int, known: Known | None,
-        watch: Watch | None,
+        watch: Watch | None, white: Whitening | None = None,
     ) -> Tensor:  # fmt: skip
-        """One block, from start to end."""
+        """One block (B, *D) of the data's coordinates, from start to end; the walk is in white ones where there are such."""
+
+        def out(z: Tensor) -> Tensor:
+            return z if white is None else white.out(z)
+
         x, kernel = self.start(walk, shape, dtype), walk.sde.kernel()
         pinned = None if known is None else known.rows(block * len(x), len(x), x)
         for i, (t, s) in enumerate(itertools.pairwise(times)):
             if watch is not None:
-                watch(block, float(t), x)
+                watch(block, float(t), out(x))
             t, s = t.expand(len(x)), s.expand(len(x))
             if pinned is None or kernel is None:
                 x = self.step(walk, x, t, s)
@@ -185,10 +216,11 @@ class Sampler(ABC):
         last = times[-1]
         if self.denoise:
             if watch is not None:
-                watch(block, float(last), x)
+                watch(block, float(last), out(x))
             x, last = walk.field(x, last.expand(len(x)), "x0"), 0.0 * last
         if self.clip:
-            x = Clipped(walk.model).clamp(x)
+            x = Clipped(walk.model, white).clamp(x)
+        x = out(x)
         if pinned is not None:
             x = torch.where(*pinned, x)
         if watch is not None:

@@ -1,5 +1,6 @@
 """Fields that a sampler may follow in place of the model's own: tempered, clipped, and pinned to known values."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest, one_line
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.rng import normal
-from scoresde_cli.sdes.base import Kernel
+from scoresde_cli.sdes.base import Kernel, Whitening
 from scoresde_cli.sdes.operators import expand
 
 
@@ -58,9 +59,15 @@ class Guided(Steered):
     def __init__(self, model: FieldModel, label: int, weight: float) -> None:
         super().__init__(model)
         self.provides = self.provides - {"log_density"}
-        self.weight, given = weight, torch.tensor([label])
-        self.given, self.free = model.labelled(given), model.labelled(None)
+        self.weight, of = weight, torch.tensor([label])
+        self.given, self.free = model.labelled(of), model.labelled(None)
         self.evaluations = 2 * model.evaluations
+
+    def whitened(self) -> FieldModel:
+        view = copy.copy(self)
+        view.model, view.given, view.free = self.model.whitened(), self.given.whitened(), self.free.whitened()
+        view.sde = view.model.sde
+        return view
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         free = self.free.score(x, t)
@@ -68,28 +75,33 @@ class Guided(Steered):
 
 
 class Clipped(Steered):
-    """The score of which E[x_0 | x_t] stays within the range of the data ("clip_denoised": Ho et al., NeurIPS 2020, their code)."""
+    """The score of which E[x_0 | x_t] stays within the range of the data ("clip_denoised": Ho et al., NeurIPS 2020, their code).
+
+    The range is that of the data's own coordinates, of which those of the model are `white` where that is given.
+    """
 
     provides = frozenset({"score", "eps", "x0", "velocity"})
 
-    def __init__(self, model: FieldModel) -> None:
+    def __init__(self, model: FieldModel, white: Whitening | None = None) -> None:
         super().__init__(model)
-        self.provides = Clipped.provides
+        self.provides, self.white = Clipped.provides, white
         if self.bounds is None:
             raise ScoreSDEError("sampler.clip=true: the range of the data is not known here")
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         s, kernel = self.model.score(x, t), self._kernel()
-        factor, alpha = kernel.factor(t), expand(kernel.alpha(t), x)
-        x0 = (x + factor.cov(s)) / alpha
+        factor = kernel.factor(t)
+        x0 = kernel.origin(x + factor.cov(s), t)
         beyond = self.clamp(x0) - x0
-        return s + factor.solve_t(factor.solve(alpha * beyond))
+        return s + factor.solve_t(factor.solve(kernel.mean(beyond, t)))
 
     def clamp(self, x: Tensor) -> Tensor:
         """x (B, *D) within the range of the data."""
         assert self.bounds is not None
         low, high = (end.to(x).reshape(x.shape[1:]) for end in self.bounds)
-        return torch.minimum(torch.maximum(x, low), high)
+        seen = x if self.white is None else self.white.out(x)
+        within = torch.minimum(torch.maximum(seen, low), high)
+        return within if self.white is None else self.white.into(within)
 
 
 class Known:

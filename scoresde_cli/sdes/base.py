@@ -12,7 +12,7 @@ Generative Modeling through Stochastic Differential Equations", ICLR 2021, eqs. 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scoresde_cli.divergence import weighted_trace
 from scoresde_cli.rng import normal
-from scoresde_cli.sdes.operators import LinearOperator, Scalar, expand
+from scoresde_cli.sdes.operators import LinearOperator, Product, Scalar, expand
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,18 @@ class Jumps:
 
 
 class Kernel(ABC):
-    """The law of x_t given x_0, where it is tractable."""
+    """The law of x_t given x_0, where it is tractable: mean M(t) x_0 and covariance L L^T.
+
+    `scalar` where M = alpha I and L = sigma I; else alpha and sigma are the level of the whole, and M and L come by `mean`,
+    `origin` and `factor`. `diagonal` where both are so, which the samplers in closed steps stand on.
+    """
+
+    scalar: bool = True
+    diagonal: bool = True
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """The factor of x_0 in the mean of x_t, shape (B,)."""
+        """The factor of x_0 in the mean of x_t, shape (B,); |det M|^(1/d) where that is a matrix."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
@@ -56,6 +63,23 @@ class Kernel(ABC):
     @abstractmethod
     def factor(self, t: Tensor) -> LinearOperator:
         """L with L L^T = Cov(x_t | x_0)."""
+
+    def shape(self, t: Tensor) -> LinearOperator:
+        """R = L / sigma: coordinates u = R^{-1} x in which the noise is sigma I at the time t."""
+        return Product(self.factor(t), Scalar(1.0 / self.sigma(t)))
+
+    def mean(self, x0: Tensor, t: Tensor) -> Tensor:
+        """M(t) x_0, shape (B, *D)."""
+        return expand(self.alpha(t), x0) * x0
+
+    def origin(self, mean: Tensor, t: Tensor) -> Tensor:
+        """The x_0 (B, *D) that has this mean."""
+        return mean / expand(self.alpha(t), mean)
+
+    def with_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Noised:
+        """x_t from x0 and standard normal eps, (B, *D) each."""
+        mean, factor = self.mean(x0, t), self.factor(t)
+        return Noised(mean + factor.mul(eps), mean, factor, eps)
 
     @abstractmethod
     def sample(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
@@ -87,9 +111,7 @@ class GaussianKernel(Kernel):
         return Scalar(self._sigma(t))
 
     def sample(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
-        eps = normal(tuple(x0.shape), generator, x0.dtype)
-        mean, factor = expand(self.alpha(t), x0) * x0, self.factor(t)
-        return Noised(mean + factor.mul(eps), mean, factor, eps)
+        return self.with_noise(x0, t, normal(tuple(x0.shape), generator, x0.dtype))
 
     def targets(self, x0: Tensor, noised: Noised, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
         assert noised.factor is not None
@@ -102,11 +124,42 @@ class GaussianKernel(Kernel):
         return {name: known[name]() for name in names}
 
 
+@dataclass(frozen=True)
+class Whitening:
+    """x = W z: coordinates z in which a process has Sigma = g(t)^2 I, and the process `sde` that z follows there.
+
+    Scores change by grad_z = W^T grad_x, densities by log p_z = log p_x + log |det W|.
+    """
+
+    sde: "SDE"
+    factor: LinearOperator
+
+    def into(self, x: Tensor) -> Tensor:
+        """z (B, *D) of x (B, *D)."""
+        return self.factor.solve(x)
+
+    def out(self, z: Tensor) -> Tensor:
+        """x (B, *D) of z (B, *D)."""
+        return self.factor.mul(z)
+
+    def noised(self, x0: Tensor, t: Tensor, noised: Noised) -> Noised:
+        """The same draw in z; where its eps is known, without the rounding of W^{-1} W eps."""
+        kernel = self.sde.kernel()
+        if noised.eps is None or kernel is None:
+            return Noised(self.into(noised.x_t))
+        return kernel.with_noise(self.into(x0), t, noised.eps)
+
+
 class SDE(ABC):
-    """A forward process on [0, T]; see the module's head for the equations."""
+    """A forward process on [0, T]; see the module's head for the equations.
+
+    Attributes:
+        kept: matrices that it took from files or from the data, by name: what a run remembers, and gives back as `kept`.
+    """
 
     T: float = 1.0
     jumps: Jumps | None = None
+    kept: Mapping[str, Tensor] = {}
 
     @abstractmethod
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
@@ -124,6 +177,10 @@ class SDE(ABC):
 
     def kernel(self) -> Kernel | None:
         """The law of x_t given x_0, or None where it is not tractable."""
+        return None
+
+    def whitening(self) -> Whitening | None:
+        """Coordinates in which the noise is isotropic, where x itself is not; losses, samplers and likelihoods work in them."""
         return None
 
     def div_sigma(self, x: Tensor, t: Tensor) -> Tensor:

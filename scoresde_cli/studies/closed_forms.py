@@ -26,6 +26,7 @@ from scipy import stats
 from torch import Tensor
 
 from scoresde_cli import divergence
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import z_score
 from scoresde_cli.losses.base import Loss
 from scoresde_cli.losses.ism import ISM
@@ -92,11 +93,18 @@ def batch_at(plan: Plan, times: Tensor, rows: int) -> Batch:
 @torch.no_grad()
 def quadratic_forms(batch: Batch) -> dict[str, Tensor]:
     """M of each sample, (B, d, d), by loss."""
-    plan, x, t = batch.plan, batch.noised.x_t, batch.t
-    d = x[0].numel()
+    plan, x, t, sde = batch.plan, batch.noised.x_t, batch.t, batch.plan.sde
+    model = ScoreModel(Zero(), sde, plan.model.parameterisation, plan.model.gaussian).to(x)
+    field, linear, white, d = batch.field, model, sde.whitening(), x[0].numel()
+    if white is not None:  # where the losses are taken
+        field, linear, sde, x = field.whitened(), linear.whitened(), white.sde, white.into(x)
+    kernel = sde.kernel()
+    if kernel is not None and not kernel.scalar:
+        raise ScoreSDEError(
+            "study=estimator needs one noise level for all directions, which sde.drift=isotropic has and others have not"
+        )
     units = torch.eye(d, dtype=x.dtype).unsqueeze(1).expand(d, len(x), d).reshape(d, *x.shape)
-    score, columns = divergence.dual(batch.field, x, t, units)
-    linear = ScoreModel(Zero(), plan.sde, plan.model.parameterisation, plan.model.gaussian).to(x)
+    score, columns = divergence.dual(field, x, t, units)
     _, known = divergence.dual(linear, x, t, units)
     s = score.flatten(1)
     jacobian, known = (each.flatten(2).permute(1, 2, 0) for each in (columns, known))

@@ -2,6 +2,7 @@
 
 The doors of divergence.py and the score are compiled whole, forward and backward, so that the small operations around
 the matrix products become a few kernels. Weights are shared with the model; evaluation never comes here.
+Where noise is correlated, it is the model of white coordinates, which the losses ask for (`whitened`).
 """
 
 import logging
@@ -20,6 +21,7 @@ class Compiled(FieldModel):
     def __init__(self, model: ScoreModel) -> None:
         torch._dynamo.reset()  # a process that runs many jobs would come to the limit of recompilations
         logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+        model = model.whitened()
         self.model, self.sde, self.provides = model, model.sde, model.provides
         self._score = torch.compile(model.forward, dynamic=False)
         self._projections = torch.compile(model.forward_projections, dynamic=False)
@@ -35,6 +37,9 @@ class Compiled(FieldModel):
 
     def labelled(self, labels: Tensor | None) -> "Compiled":
         self.model.labels = labels  # what is compiled is bound to this model, so the labels go to it
+        return self
+
+    def whitened(self) -> "Compiled":
         return self
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:

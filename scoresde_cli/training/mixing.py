@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jacrev, jvp, vmap
 
-from scoresde_cli.losses.base import draw_times
+from scoresde_cli.losses.base import draw_times, in_white
 from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.losses.dsm_cv import DSMCV, Weights
 from scoresde_cli.networks.model import ScoreModel
@@ -40,11 +40,13 @@ BYTES = 1 << 26  # for the gradients that are held at a time
 
 def moments(batch: Batch, v: Tensor) -> Tensor:
     """(B, 2, 2), the inner products of g and delta of each sample, for directions v (K, B, *D); float64."""
-    model, plan, kernel = batch.field, batch.plan, batch.plan.sde.kernel()
+    plan = batch.plan
+    model, sde, x0, noised = in_white(batch.field, plan.sde, batch.x0, batch.noised, batch.t)
+    kernel = sde.kernel()
     assert isinstance(model, ScoreModel)
     assert kernel is not None
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    target = kernel.targets(batch.x0, batch.noised, batch.t, {"score"})["score"]
+    target = kernel.targets(x0, noised, batch.t, {"score"})["score"]
     scale = plan.loss.weight(plan.sde, batch.t, batch.x0[0].numel())
     labels = torch.full_like(batch.t, -1) if model.labels is None else model.labels.to(batch.t)
 
@@ -69,7 +71,7 @@ def moments(batch: Batch, v: Tensor) -> Tensor:
 
     held = 3 * 8 * sum(p.numel() for p in weights.values())  # bytes for one sample, the last product in float64
     each = vmap(products, in_dims=(0, 0, 0, 1, 0, 0), randomness="different", chunk_size=max(1, BYTES // held))
-    found: Tensor = each(batch.noised.x_t, batch.t, target, v, scale, labels)
+    found: Tensor = each(noised.x_t, batch.t, target, v, scale, labels)
     return found
 
 
@@ -102,7 +104,8 @@ class Mixer:
                 said = f"sliced and denoising score matching weigh the same at sigma/alpha = {row['threshold']:.2g}"
             rows.append(row)
         if loss.weights is None or loss.weights.values.tolist() != rows[-1]["w"]:
-            plan = replace(plan, loss=loss.weighing(Weights(self.nodes, torch.tensor(rows[-1]["w"]))))
+            values = torch.tensor(rows[-1]["w"], dtype=torch.float64)
+            plan = replace(plan, loss=loss.weighing(Weights(self.nodes, values)))
         return plan, said
 
     def measure(self, plan: Plan, step: int, samples: int) -> dict[str, Any]:
@@ -111,9 +114,7 @@ class Mixer:
         seed_global(drawn)
         loss = plan.loss
         assert isinstance(loss, DSMCV)
-        every = DSM(
-            loss.weighting, loss.half, loss.times, loss.t_min
-        )  # has the times that the weights are estimated at
+        every = DSM(loss.weighting, loss.half, loss.times, loss.t_min)  # its times are not thinned out
         batch = Batch.draw(replace(plan, loss=every, field=plan.model, batch_size=samples), "mixing", step)
         v = loss.frame(batch.field, batch.noised.x_t, batch.t, samples, drawn)
         found = moments(batch, v.detach()).cpu()
