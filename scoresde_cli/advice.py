@@ -30,6 +30,8 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
             notes.append(f"loss={loss.name} draws no directions: {', '.join(ignored)} has no effect")
     elif exact:
         notes.append(f"n_proj={s.n_proj} >= d={d}: the trace is exact ({d} unit directions), no direction is drawn")
+    elif loss.name == "dsm_cv" and s.n_proj != "auto" and s.n_proj >= d:
+        notes.append(f"n_proj={s.n_proj} >= d={d}: the trace is exact where it is taken")
     elif loss.name == "ssm" and s.n_proj != "auto" and s.n_proj >= d:
         notes.append(f"n_proj={s.n_proj} >= d={d}: loss=ism would be exact for {d} directions; ssm draws as asked")
     if loss.name == "ssm" and d > 8:

@@ -35,6 +35,7 @@ EXAMPLES = {
         ("scoresde ablate study=estimator", "bias, variance and cost of a step by law and n_proj: how many, which law"),
         ("scoresde ablate study=n_proj size=full", "runs over n_proj x loss x seeds, over night; the same command goes on"),
         ("scoresde ablate study=projection data=table data.path=wine.csv", "laws of directions on your own data"),
+        ("scoresde ablate study=dsm_cv data=digits", "does a sliced control variate improve denoising score matching here"),
         ("scoresde ablate study=loss study.losses=[ssm_vr,dsm] study.seeds=10", "another grid"),
         ("scoresde ablate study=loss size=smoke hydra/launcher=basic", "one job after the other"),
     ],
