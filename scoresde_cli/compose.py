@@ -25,7 +25,8 @@ from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_gaussian, gaus
 from scoresde_cli.networks.parameterisation import Parameterisation
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.base import SDE, LinearSDE
+from scoresde_cli.sdes.scale_mixture import Amplitude
 from scoresde_cli.training.directions import Chooser
 from scoresde_cli.training.loop import Plan
 from scoresde_cli.training.optimizer import Adam
@@ -36,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64, 
 BASES: dict[str, type] = {
     "data": Dataset, "sde": SDE, "network": nn.Module, "parameterisation": Parameterisation, "loss": Loss,
     "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler, "predictor": Sampler,
+    "base": LinearSDE, "amplitude": Amplitude,
 }  # fmt: skip
 ALL_THREADS = torch.get_num_threads()  # before any run of this process changes it
 PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")
