@@ -47,7 +47,7 @@ class JumpDiffusion(LinearSDE):
         rate_end: NonNegativeFloat | None = None, amplitude: Law | Amplitude = "gaussian", scale: PositiveFloat = 1.0,
         nu: PositiveFloat = 5.0, joint: bool = True,
     ) -> None:  # fmt: skip
-        if nu <= 2:
+        if amplitude == "student_t" and nu <= 2:
             raise ScoreSDEError(f"sde.nu={nu}: expected more than 2, or the noise has no variance")
         self.base = BASES[base]() if isinstance(base, str) else base
         self.T, self.joint = self.base.T, joint
