@@ -26,8 +26,9 @@ from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_white, gaussia
 from scoresde_cli.networks.parameterisation import Parameterisation
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.base import SDE, LinearSDE
 from scoresde_cli.sdes.covariances import Covariance
+from scoresde_cli.sdes.scale_mixture import Amplitude
 from scoresde_cli.training.directions import Directions
 from scoresde_cli.training.loop import Chooser, Plan
 from scoresde_cli.training.mixing import Mixer
@@ -39,7 +40,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp64": torch.float64, 
 BASES: dict[str, type] = {
     "data": Dataset, "sde": SDE, "network": nn.Module, "parameterisation": Parameterisation, "loss": Loss,
     "projection": projections.Projection, "optimizer": Adam, "sampler": Sampler, "predictor": Sampler,
-    "sigma": Covariance,
+    "sigma": Covariance, "base": LinearSDE, "amplitude": Amplitude,
 }  # fmt: skip
 ALL_THREADS = torch.get_num_threads()  # before any run of this process changes it
 PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")

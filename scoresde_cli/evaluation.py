@@ -25,6 +25,7 @@ from scoresde_cli.metrics.mmd import MMD
 from scoresde_cli.metrics.mode_weights import ModeWeights
 from scoresde_cli.metrics.nll import nll
 from scoresde_cli.metrics.prdc import PRDC
+from scoresde_cli.metrics.radial_tails import RadialTails
 from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from scoresde_cli.metrics.tails import Tails
@@ -40,8 +41,8 @@ Summary = dict[str, dict[str, Any]]
 
 OF_SAMPLES: dict[str, type[Metric]] = {
     "sliced_wasserstein": SlicedWasserstein, "wasserstein": Wasserstein, "energy_distance": EnergyDistance, "mmd": MMD,
-    "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights, "columns": Columns, "tails": Tails, "frechet_pca": FrechetPCA,
-    "fid": FID, "kid": KID,
+    "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights, "columns": Columns, "tails": Tails, "radial_tails": RadialTails,
+    "frechet_pca": FrechetPCA, "fid": FID, "kid": KID,
 }  # fmt: skip
 OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "nll")
 EXTRA = ("fid", "kid")  # they need more than is installed

@@ -49,6 +49,10 @@ class FieldModel(ABC):
         """log p_t(x) up to a constant that depends on t, shape (B,); where `provides` names it."""
         raise NotImplementedError
 
+    def gaussian_denoiser(self, y: Tensor, noise: Tensor) -> Tensor:
+        """E[x_0 | x_0 + noise eps = y], shaped like y (B, *D), for levels (B,); where `provides` names it."""
+        raise NotImplementedError
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.score(x, t)
 

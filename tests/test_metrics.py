@@ -9,10 +9,12 @@ import pytest
 import scipy.linalg
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import f as f_law
 from scipy.stats import norm
 from sklearn.naive_bayes import GaussianNB
 
 from scoresde_cli.datasets.base import Sampled, SampledMixture, Units
+from scoresde_cli.datasets.heavy import StudentT
 from scoresde_cli.datasets.oracle import Mixture, Oracle
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.metrics import mmd, prdc, tails
@@ -25,6 +27,9 @@ from scoresde_cli.metrics.inception import FID, KID, to_bytes
 from scoresde_cli.metrics.mmd import MMD, squared_mmd
 from scoresde_cli.metrics.mode_weights import ModeWeights, responsibilities
 from scoresde_cli.metrics.prdc import PRDC
+from scoresde_cli.metrics.radial_tails import LEVELS as tail_levels
+from scoresde_cli.metrics.radial_tails import RadialTails
+from scoresde_cli.metrics.radial_tails import quantile as radial_quantile
 from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from scoresde_cli.metrics.tails import Tails, hill
@@ -344,6 +349,38 @@ def test_tail_quantile_error_of_a_shift_is_the_shift_in_sd():
     exact = (shift.abs() / train.std(0, correction=0)).max()
     assert metric.measure(x + shift, x)["tail_quantile_error"] == pytest.approx(float(exact), rel=1e-9)
     assert metric.detail(x + shift, x)["tail_quantile_error"]["column"] == "x1"
+
+
+def test_radial_tails_of_a_stretched_sample_are_off_by_the_stretch():
+    """x = 1.3 y about the median: each quantile is 30 percent too far, and the tail index is the same."""
+    y = normal((100_000, 2), generator(0, "radial"), F64)
+    median = y.median(0).values
+    found = RadialTails(Normal()).measure(median + 1.3 * (y - median), y)
+    assert set(found) == set(RadialTails.quantities)
+    for name in tail_levels:
+        assert found[name] == pytest.approx(0.3, rel=1e-9)
+    assert found["tail_index_error"] < 1e-9
+    assert set(RadialTails(Normal()).measure(y[:2000], y[:2000])) == {"radial_q99_error", "tail_index_error"}
+    radius = y.norm(dim=1)
+    for q in (0.99, 0.9999):
+        assert float(radial_quantile(radius, q)) == pytest.approx(float(np.quantile(radius.numpy(), q)), rel=1e-12)
+
+
+def test_radial_tails_tell_student_from_student_with_an_interval():
+    """nu = 3 against nu = 6: index error 1 but for Hill's own bias (below half of it), quantiles by scipy's F law of R^2 / d."""
+    laws = [StudentT(nu=nu, n=100, seed=1) for nu in (3.0, 6.0)]
+    x, y = (law.fresh(20_000, generator(0, "rows")) for law in laws)
+
+    def pair(i):
+        return tuple(laws[1].fresh(20_000, generator(j, "pair", i)) for j in range(2))
+
+    entries = compare([RadialTails(Normal())], x, y, pair, 0)
+    assert set(entries) == set(RadialTails.quantities) - {"radial_q9999_error"}
+    exact = math.sqrt(f_law.isf(0.01, 2, 3) / f_law.isf(0.01, 2, 6)) - 1
+    assert entries["radial_q99_error"]["value"] == pytest.approx(exact, abs=0.12)  # 4 standard errors
+    low, high = entries["radial_q99_error"]["ci"]
+    assert low < exact < high
+    assert entries["tail_index_error"]["detail"]["signed"] < -0.25
 
 
 def test_only_levels_with_ten_rows_beyond_are_compared():

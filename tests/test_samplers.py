@@ -25,7 +25,9 @@ from scoresde_cli.samplers.heun_ode import HeunODE
 from scoresde_cli.samplers.langevin import Langevin
 from scoresde_cli.samplers.predictor_corrector import PREDICTORS, PredictorCorrector
 from scoresde_cli.samplers.reverse_diffusion import ReverseDiffusion
+from scoresde_cli.samplers.scale_path import ScalePath
 from scoresde_cli.samplers.steering import Clipped, Known, Tempered
+from scoresde_cli.samplers.true_reversal import TrueReversal
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
 from tests.laws import correlated_gaussian, name, three_modes
@@ -43,6 +45,8 @@ SAMPLERS = {
     ReverseDiffusion: ({"steps": 1500}, 1),
     PredictorCorrector: ({"steps": 800, "snr": 0.05}, 2),
     Langevin: ({}, 1),
+    TrueReversal: ({"steps": 1500}, 1),
+    ScalePath: ({"steps": 300}, 2),
 }
 ANNEALED = [s for s in SAMPLERS if s is not Langevin]
 

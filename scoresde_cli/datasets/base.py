@@ -11,10 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from scoresde_cli.datasets.jump_oracle import JumpOracle, covers
 from scoresde_cli.datasets.oracle import Mixture, Oracle
 from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest
 from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
 
 Kind = Literal["points", "table", "image"]
 Size = Annotated[int, Field(ge=10)]  # training samples of a law that can be sampled
@@ -156,7 +158,9 @@ class SampledMixture(Sampled):
     def draw(self, n: int, source: torch.Generator) -> Tensor:
         return self.law.sample(n, source)
 
-    def oracle(self, sde: SDE) -> Oracle:
+    def oracle(self, sde: SDE) -> Oracle | None:
+        if isinstance(sde, JumpDiffusion):
+            return JumpOracle(self.law, sde) if covers(self.law, sde) else None
         return Oracle(self.law, sde)
 
 

@@ -28,9 +28,9 @@ def levels(m: int) -> list[float]:
     return [q for q in LEVELS if round(m * min(q, 1 - q), 6) >= BEYOND]
 
 
-def hill(radius: Tensor) -> float:
-    """H of the largest radii of (m,)."""
-    k = len(radius) // SHARE
+def hill(radius: Tensor, share: int = SHARE) -> float:
+    """H of the largest radii of (m,): one in `share`."""
+    k = len(radius) // share
     logs = radius.double().clamp_min(TINY).topk(k + 1).values.log()
     return float(logs[:k].mean() - logs[k])
 

@@ -92,7 +92,8 @@ class Sampler(ABC):
     """
 
     needs: ClassVar[Set[str]] = frozenset({"score"})
-    needs_kernel: ClassVar[bool] = False
+    with_jumps: ClassVar[Set[str]] = frozenset({"flux"})  # what it needs besides, for a process that jumps
+    needs_kernel: ClassVar[bool] = False  # and one that is Gaussian
     adaptive: ClassVar[bool] = False  # the number of evaluations is found on the way
 
     steps: PositiveInt = 20
@@ -132,7 +133,7 @@ class Sampler(ABC):
     def check(self, model: FieldModel, sde: SDE) -> None:
         """Refuse a model or a process that lacks what the sampler needs."""
         name = type(self).__name__
-        missing = self.needs - model.provides
+        missing = (self.needs | (frozenset() if sde.jumps is None else self.with_jumps)) - model.provides
         if missing:
             raise ScoreSDEError(
                 f"sampler {name} needs {', '.join(sorted(missing))}; the model has {', '.join(sorted(model.provides))}"
@@ -160,6 +161,11 @@ class Sampler(ABC):
             raise ScoreSDEError(
                 f"{asked[0] if asked else f'sampler {name}'} needs a process with a closed-form kernel, which {type(sde).__name__} "
                 "has not; euler_maruyama, euler_ode and heun_ode work"
+            )
+        if sde.jumps is not None and (self.needs_kernel or asked):
+            raise ScoreSDEError(
+                f"{asked[0] if asked else f'sampler {name}'} takes the noise for Gaussian, and {type(sde).__name__} jumps; "
+                "euler_ode, heun_ode, dopri5, euler_maruyama, true_reversal and scale_path work"
             )
         self.times(sde)
 

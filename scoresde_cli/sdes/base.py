@@ -36,10 +36,15 @@ class Noised:
 
 @dataclass(frozen=True)
 class Jumps:
-    """The Poisson part of a process: jumps at rate `rate(t)` (B,), with amplitudes `sample(n, shape, t, generator)`."""
+    """The Poisson part of a process: jumps at rate `rate(t)` (B,), with amplitudes `sample(n, shape, t, generator)`.
+
+    `without` is the process that is left without them, where it is one of its own; `joint`: all coordinates jump together.
+    """
 
     rate: Callable[[Tensor], Tensor]
     sample: Callable[[int, tuple[int, ...], Tensor, torch.Generator], Tensor]
+    without: "SDE | None" = None
+    joint: bool = True
 
 
 class Kernel(ABC):
@@ -195,9 +200,11 @@ class SDE(ABC):
         """The log-density of `sample_prior` at x (B, *D), nats, shape (B,)."""
         raise NotImplementedError(f"{type(self).__name__} does not know the density of its prior")
 
-    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
-        """Drift of the time reversal, f - Sigma score - div Sigma, shape (B, *D) (Anderson 1982)."""
-        return self.drift(x, t) - self.diffusion(t, x).cov(score) - self.div_sigma(x, t)
+    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor, flux: Tensor | None = None) -> Tensor:
+        """Drift of the time reversal, f - Sigma score - div Sigma, shape (B, *D) (Anderson 1982); with jumps and their flux, of
+        the SDE without jumps that has the same marginals."""
+        v = self.drift(x, t) - self.diffusion(t, x).cov(score) - self.div_sigma(x, t)
+        return v if flux is None else v + flux
 
     def velocity(self, x: Tensor, t: Tensor, score: Tensor, flux: Tensor | None = None) -> Tensor:
         """Velocity of the probability flow, shape (B, *D) (Song et al. 2021, eq. 13; with jumps, plus the flux)."""
