@@ -158,7 +158,7 @@ def test_the_variance_is_below_both_at_every_level(d, spread):
     loss = plan.loss.weighing(Weights(mixer.nodes, torch.tensor(w, dtype=torch.float64)))
     batch = drawn(plan, 256 * BINS, "truth")
     m = moments(batch, loss.frame(batch.field, batch.noised.x_t, batch.t, len(batch.t), generator(0, "v")))
-    mixed = loss.mixture(plan.sde, batch.t)
+    mixed = loss.table(plan.sde, batch.t)(batch.t)
     g, cross, square = m[:, 0, 0], m[:, 0, 1], m[:, 1, 1]
     found, dsm, ssm = (
         values.reshape(BINS, -1).mean(1)
@@ -189,20 +189,22 @@ def test_the_levels_hold_as_many_of_the_training_times_each():
 
 def test_times_of_little_noise_are_drawn_a_quarter_as_often_and_weighted_for_it():
     plan, loss = plan_of(2), DSMCV(Rademacher(), 1, 0.5)
-    x0, sums, law = torch.zeros(128, 2, dtype=torch.float64), [], []
+    x0, sums, law, sparse, plain = torch.zeros(128, 2, dtype=torch.float64), [], [], [], []
     for i in range(400):
         t, noised = loss.noise(plan.sde, x0, generator(i, "thin"))
         f = torch.stack([torch.ones_like(t), t, t.log(), (t < 0.01).double()])
         sums.append((f * noised.aux["weight"]).mean(1))
         every = DSM().noise(plan.sde, x0, generator(i, "thin"))[0]
         law.append(torch.stack([torch.ones_like(t), every, every.log(), (every < 0.01).double()]).mean(1))
-        one = loss.mixture(plan.sde, t) == 1
-        weight = noised.aux["weight"]
-        assert torch.allclose(weight[one], 4 * weight[~one][:1].expand(int(one.sum())))
+        one = loss.table(plan.sde, t)(t) == 1
+        sparse.append(float(one.double().mean()))
+        plain.append(float((loss.table(plan.sde, every)(every) == 1).double().mean()))
     sums, law = torch.stack(sums), torch.stack(law)
     error = ((sums.var(0) + law.var(0)) / 400).sqrt().clamp_min(1e-12)
     assert float(((sums.mean(0) - law.mean(0)) / error)[1:].abs().max()) < 4
-    assert float((sums[:, 0] - 1).abs().max()) < 0.03  # one of 128 more or less, of weight 2
+    assert float((sums[:, 0] - 1).abs().max()) < 0.03  # one of 128 more or less, of weight 3
+    share = sum(plain) / 400
+    assert sum(sparse) / 400 == pytest.approx(share / 4 / (1 - 0.75 * share), rel=0.05)
 
 
 def test_every_step_has_only_the_directions_that_it_needs():
@@ -220,7 +222,7 @@ def test_every_step_has_only_the_directions_that_it_needs():
     x0 = plan.train[:256]
     t, noised = loss.noise(plan.sde, x0, generator(0, "t"))
     loss.weighted(Watched(), plan.sde, x0, noised, t, generator(0, "v"))
-    assert counted == [int((loss.mixture(plan.sde, t) > 0).sum())]
+    assert counted == [int((loss.table(plan.sde, t)(t) > 0).sum())]
     assert 30 < counted[0] < 100
     # And in whatever order the times come, the loss of each sample is the same function of it.
     exact = DSMCV(Rademacher(), 2, 0.2)

@@ -14,6 +14,7 @@ the same two estimators where the data's energy is known: De Bortoli et al., arX
 """
 
 import copy
+import math
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from scoresde_cli import divergence
 from scoresde_cli.fields import FieldModel
-from scoresde_cli.losses.base import MinTime, Times, Weighting, draw_times
+from scoresde_cli.losses.base import MinTime, Times, Weighting
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.projections import Projection
 from scoresde_cli.rng import uniform
@@ -32,6 +33,7 @@ from scoresde_cli.sdes.base import SDE, Noised
 
 START = 0.25  # the threshold until w has been estimated
 MOST = 0.9  # greater weights gain less than a tenth of the variance of SSM, and are taken as one, which no error of w can worsen
+CELLS = 512  # of time
 THIN = 4  # of the times with w = 1, where SSM has far less noise than anywhere else, one in so many is drawn
 LEAST = 0.25  # smaller weights gain less than a quarter of the variance of DSM, and are taken as zero: no direction is pushed
 
@@ -59,6 +61,46 @@ class Weights:
         return torch.lerp(values[right - 1], values[right], part)
 
 
+class Table:
+    """w by time, and the law that times are drawn by: CELLS cells of about the same share of the loss's own law p each.
+
+    In cell k times are uniform, and it has the probability q_k ~ p_k, a THIN-th of it where w = 1. A time t brings the weight
+    p(t) |cell| / q_k, so that the weighted mean over a batch has the expectation of the plain one under p.
+    """
+
+    def __init__(self, loss: "DSMCV", sde: SDE, like: Tensor) -> None:
+        low, high = loss.t_min, sde.T
+        part = {"uniform": 1.0, "log_uniform": 0.0, "mixed": 0.5}[loss.times]
+        self.even, self.log = part / (high - low), (1.0 - part) / math.log(high / low)
+        fine = torch.cat(
+            [torch.linspace(low, high, 4 * CELLS), torch.logspace(math.log10(low), math.log10(high), 4 * CELLS)]
+        )
+        fine = fine.double().clamp(low, high).unique()
+        below = self.even * (fine - low) + self.log * (fine / low).log()
+        edges = fine[torch.searchsorted(below, torch.arange(1, CELLS) / CELLS)].unique()
+        ends = torch.cat([fine[:1], edges, fine[-1:]])
+        own = (self.even * (ends - low) + self.log * (ends / low).log()).diff()
+        w = loss.weight_of(sde, ((ends[1:] + ends[:-1]) / 2).to(like.device)).cpu()
+        q = own * torch.where(w == 1.0, 1.0 / THIN, 1.0)
+        q = q / q.sum()
+        after = q.cumsum(0)
+        slope = ends.diff() / q
+        found = (edges, w, after[:-1], ends[:-1] - slope * (after - q), slope)
+        self.edges, self.w, self.after, self.base, self.slope = (each.to(like) for each in found)
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n times in ascending order, stratified, and their weights, (n,) each."""
+        u = (torch.arange(n, device=self.w.device) + uniform((n,), generator, self.w.dtype)) / n
+        cell = torch.searchsorted(self.after, u, right=True)
+        slope = self.slope[cell]
+        t = torch.addcmul(self.base[cell], slope, u)
+        return t, (self.even + self.log / t) * slope
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """w, (B,)."""
+        return self.w[torch.searchsorted(self.edges, t, right=True)]
+
+
 class DSMCV(SSM):
     """w (|S|^2 + 2 v^T J v) + (1 - w)(|S - grad log p(x_t | x_0)|^2 - |grad log p(x_t | x_0)|^2); its value is that of ISM.
 
@@ -79,8 +121,9 @@ class DSMCV(SSM):
     ) -> None:  # fmt: skip
         super().__init__(projection, n_proj, weighting, half, times, t_min)
         self.threshold = threshold
+        self.tables: dict[tuple[int, torch.dtype, torch.device], tuple[SDE, Table]] = {}
 
-    def mixture(self, sde: SDE, t: Tensor) -> Tensor:
+    def weight_of(self, sde: SDE, t: Tensor) -> Tensor:
         """w, (B,), exactly zero where it is small, and one where it is near one."""
         kernel = sde.kernel()
         assert kernel is not None
@@ -91,27 +134,24 @@ class DSMCV(SSM):
             w = sigmoid(ratio, START if self.threshold == "auto" else self.threshold)
         return torch.where(w < LEAST, 0.0, torch.where(w > MOST, 1.0, w))
 
+    def table(self, sde: SDE, like: Tensor) -> Table:
+        """The weights by time, made once."""
+        key = (id(sde), like.dtype, like.device)
+        if key not in self.tables:
+            self.tables[key] = sde, Table(self, sde, like)  # with the process, so that its id stays its own
+        return self.tables[key][1]
+
     def weighing(self, weights: Weights) -> "DSMCV":
         """The same loss with these weights."""
         found = copy.copy(self)
-        found.weights = weights
+        found.weights, found.tables = weights, {}
         return found
 
     def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:
-        """As for every loss, but ascending times (those with w > 0 come first), and of those with w = 1 one in THIN.
-
-        Systematic sampling takes B of N = 2 B candidates, the i-th a_i B / sum a times on average, and gives it the weight
-        sum a / (N a_i), so that the mean over the batch is that over the candidates, on average.
-        """
-        B = len(x0)
-        candidates = draw_times(self.times, 2 * B, self.t_min, sde.T, generator).to(x0.dtype).sort().values
-        share = torch.where(self.mixture(sde, candidates) == 1.0, 1.0 / THIN, 1.0).double()
-        ends = share.cumsum(0)
-        at = (torch.arange(B, device=ends.device) + uniform((), generator, torch.float64)) * (ends[-1] / B)
-        chosen = torch.searchsorted(ends, at, right=True).clamp_max(len(ends) - 1)
-        t = candidates[chosen]
+        """As for every loss, but by the table's law: ascending times (those with w > 0 come first), with their weights."""
+        t, weight = self.table(sde, x0).draw(len(x0), generator)
+        t = t.clamp(self.t_min, sde.T)
         noised = sde.perturb(x0, t, generator)
-        weight = (ends[-1] / len(ends) / share[chosen]).to(t.dtype)
         return t, replace(noised, aux={**noised.aux, "weight": weight})
 
     def frame(self, model: FieldModel, x: Tensor, t: Tensor, m: int, generator: torch.Generator) -> Tensor:
@@ -125,10 +165,11 @@ class DSMCV(SSM):
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        x, w, kernel = noised.x_t, self.mixture(sde, t), sde.kernel()
+        x, w, kernel = noised.x_t, self.table(sde, t)(t), sde.kernel()
         assert kernel is not None
         target = kernel.targets(x0, noised, t, {"score"})["score"]
-        m = int((w > 0).nonzero().max()) + 1 if bool((w > 0).any()) else 0
+        some = w.nonzero()
+        m = int(some[-1]) + 1 if len(some) else 0
         if m == 0:
             score, trace = model.score(x, t), torch.zeros_like(t)
         else:

@@ -85,7 +85,7 @@ def pull(name: Activation, u: Tensor, grad: Tensor) -> Tensor:
 class Activate(torch.autograd.Function):
     """(stack, shift, scale) -> stack, differentiable once; shift (B, w), scale (B, w) or None for one.
 
-    The slopes are made for the m samples that have tangents.
+    Slopes and curvatures are those of the m samples that have tangents.
     """
 
     @staticmethod
@@ -94,19 +94,18 @@ class Activate(torch.autograd.Function):
         u, du = parts(stack, sizes)
         moved = u + shift
         a = moved if scale is None else moved * scale
-        slope = first(name, a[:m])[1]
-        steep = slope if scale is None else slope * scale[:m]
+        steep = pull(name, a[:m], torch.ones_like(a[:m]) if scale is None else scale[:m])
         out = torch.empty_like(stack)
         out[:B] = value(name, a)
         torch.mul(du, steep.to(stack.dtype), out=parts(out, sizes)[1])
         ctx.sizes, ctx.name = sizes, name
-        ctx.save_for_backward(stack, moved, a, slope, steep, scale)
+        ctx.save_for_backward(stack, moved, a, steep, scale)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
-        stack, moved, a, slope, steep, scale = ctx.saved_tensors
+        stack, moved, a, steep, scale = ctx.saved_tensors
         B, m = ctx.sizes
         (_, du), (grad_0, grad_k) = parts(stack, ctx.sizes), parts(grad, ctx.sizes)
         bent = (grad_k * du).sum(0, dtype=a.dtype)
@@ -115,7 +114,7 @@ class Activate(torch.autograd.Function):
         grad_u, grad_scale = grad_a, None
         if scale is not None:
             grad_u, grad_scale = grad_a * scale, moved * grad_a
-            grad_scale[:m].addcmul_(slope, bent)
+            grad_scale[:m] += pull(ctx.name, a[:m], bent)
         out = torch.empty_like(stack)
         out[:B] = grad_u
         torch.mul(grad_k, steep.to(stack.dtype), out=parts(out, ctx.sizes)[1])

@@ -38,7 +38,7 @@ def ratios(plan: loop.Plan, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         batch = Batch.draw(replace(plan, loss=every, field=plan.model, batch_size=64 * BINS), "truth", i)
         order = batch.t.argsort()
         v = loss.frame(batch.field, batch.noised.x_t, batch.t, len(order), generator(i, "v"))
-        w, m = loss.mixture(plan.sde, batch.t).double(), moments(batch, v)
+        w, m = loss.table(plan.sde, batch.t)(batch.t).double(), moments(batch, v)
         g, cross, square = m[:, 0, 0], m[:, 0, 1], m[:, 1, 1]
         values = torch.stack([g + 2 * w * cross + w * w * square, g, g + 2 * cross + square])[:, order]
         parts.append(values.reshape(3, BINS, -1))
