@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from scoresde_cli import evaluation, sweeps
 from scoresde_cli.advice import advice
 from scoresde_cli.claims import claim
-from scoresde_cli.compose import NLLKeys, Parts, build, compose
+from scoresde_cli.compose import Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
+from scoresde_cli.keys import NLLKeys
 from scoresde_cli.likelihood import Flow
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.provenance import command_line, now
@@ -330,7 +331,7 @@ def measured(parts: Parts) -> list[str]:
     asked = parts.settings.eval["metrics"]
     if asked is None:
         asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data) is None]
-    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data)
+    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data, parts.sde)
 
 
 def draw(
@@ -346,6 +347,6 @@ def draw(
     ]
     if "threshold" in summary:
         paths.append(figures.mixing([summary["threshold"]], title, folder / "mixing.png"))
-    if tuple(parts.data.shape) == (2,):
+    if tuple(parts.data.shape) == (2,) and (not parts.sde.still or "log_density" in model.provides):
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths

@@ -17,6 +17,7 @@ from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator, seed_global, uniform
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training.optimizer import Adam
+from scoresde_cli.training.paths import Paths
 from scoresde_cli.training.state import TrainState
 from scoresde_cli.training.stop import StopRequest
 
@@ -48,6 +49,7 @@ class Plan:
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
     chooser: "Chooser | None" = None
+    paths: Paths | None = None  # where x_t is known by simulation alone
 
 
 class Chooser(Protocol):
@@ -103,6 +105,11 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
 def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]:
     """The field, given the batch's labels where there are any, and the batch (batch_size, *D)."""
     rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
+    return take(plan, rows, source)
+
+
+def take(plan: Plan, rows: Tensor, source: torch.Generator) -> tuple[FieldModel, Tensor]:
+    """The field, given the labels of these training rows where there are any, and the rows."""
     field = plan.field
     if plan.labels is not None:
         hidden = uniform((plan.batch_size,), source) < plan.label_dropout
@@ -110,12 +117,21 @@ def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]
     return field, plan.train[rows]
 
 
+def batch_losses(plan: Plan, step: int, source: torch.Generator) -> Tensor:
+    """The loss of each sample of a step's batch, (batch_size,)."""
+    if plan.paths is None:
+        field, x0 = draw_batch(plan, source)
+        return plan.loss(field, plan.sde, x0, source)
+    rows, t, noised = plan.paths.draw(step, plan.batch_size, source)
+    field, x0 = take(plan, rows, source)
+    return plan.loss.weighted(field, plan.sde, x0, noised, t, source)
+
+
 def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     seed_global(source)
-    field, x0 = draw_batch(plan, source)
-    loss = plan.loss(field, plan.sde, x0, source).mean()
+    loss = batch_losses(plan, state.step, source).mean()
     loss.backward()
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
