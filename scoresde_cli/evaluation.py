@@ -30,6 +30,7 @@ from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from scoresde_cli.metrics.tails import Tails
 from scoresde_cli.metrics.wasserstein import Wasserstein
+from scoresde_cli.metrics.whitened import WhitenedSlicedWasserstein
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler, Samples
@@ -41,8 +42,9 @@ NLL_ROWS = 2000
 Summary = dict[str, dict[str, Any]]
 
 OF_SAMPLES: dict[str, type[Metric]] = {
-    "sliced_wasserstein": SlicedWasserstein, "wasserstein": Wasserstein, "energy_distance": EnergyDistance, "mmd": MMD,
-    "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights, "columns": Columns, "tails": Tails, "radial_tails": RadialTails,
+    "sliced_wasserstein": SlicedWasserstein, "whitened_sliced_wasserstein": WhitenedSlicedWasserstein, "wasserstein": Wasserstein,
+    "energy_distance": EnergyDistance, "mmd": MMD, "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights,
+    "columns": Columns, "tails": Tails, "radial_tails": RadialTails,
     "frechet_pca": FrechetPCA, "fid": FID, "kid": KID,
 }  # fmt: skip
 OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "nll")
