@@ -213,7 +213,7 @@ def test_the_way_back_does_not_leave_for_infinity():
     """A cubic drift backwards explodes in finite time; beyond the box of the paths it is that of the box."""
     sde = DoubleWell(shape=(2,), train=ROWS)
     far, t = torch.full((1, 2), 50.0), torch.ones(1)
-    assert float(SDE.velocity(sde, far, t, torch.zeros(1, 2)).abs().max()) > 1e6
+    assert float(SDE.velocity(sde, far, t, torch.zeros(1, 2)).abs().max()) > 1e5
     assert float(sde.velocity(far, t, torch.zeros(1, 2)).abs().max()) < 1e3
     inside = ROWS[:5]
     assert torch.allclose(sde.velocity(inside, torch.ones(5), inside), SDE.velocity(sde, inside, torch.ones(5), inside))

@@ -157,7 +157,7 @@ class Sampler(ABC):
                 f"sampler.temperature needs one noise level for all directions, and with this drift of {type(sde).__name__} each "
                 "forgets at its own rate; sde.drift=isotropic has one"
             )
-        if kernel is not None and not kernel.diagonal and self.needs_kernel:
+        if kernel is not None and not kernel.diagonal and (self.needs_kernel or not self.descends):
             raise ScoreSDEError(
                 f"sampler {name} needs coordinates that forget each by itself, which a matrix as the drift of {type(sde).__name__} "
                 "mixes; sampler=euler_maruyama, euler_ode, heun_ode and dopri5 work"

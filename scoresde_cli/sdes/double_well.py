@@ -26,7 +26,7 @@ class DoubleWell(Simulated):
     """
 
     def __init__(
-        self, rate: PositiveFloat = 2.0, well: PositiveFloat = 1.0, beta_min: PositiveFloat = 0.1, beta_max: PositiveFloat = 6.0,
+        self, rate: PositiveFloat = 1.0, well: PositiveFloat = 1.0, beta_min: PositiveFloat = 0.1, beta_max: PositiveFloat = 6.0,
         steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100, *, shape: tuple[int, ...],
         train: Tensor | None = None, kept: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
