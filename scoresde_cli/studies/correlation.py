@@ -94,6 +94,17 @@ def forgotten_matrix(rhos: Sequence[float], dims: Sequence[int]) -> Table:
     return Table(title, ["", *(f"d = {d}" for d in dims)], rows, note)
 
 
+def score_errors(cells: Sequence[analysis.Cell]) -> Table:
+    """Of the trained models, by setting: means over seeds."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for cell in cells:
+        row = tuple(str(cell.setting.get(key, "")) for key in ("data.d", "budget", "law", "Sigma", "parameterisation"))
+        groups.setdefault(row, []).append(cell.summary["score_error"]["value"])
+    rows = [[*row, number(float(np.mean(values))), str(len(values))] for row, values in groups.items()]
+    note = "Each in units of its own noise, (s - s*)^T C (s - s*), so between different Sigma only the order of magnitude compares."
+    return Table("Errors of the trained scores", ["d", "budget", "data", "Sigma", "parameterisation", "error", "seeds"], rows, note)
+
+
 def figure(rhos: Sequence[float], path: Path) -> Path:
     """Steps of the flow against d, by the worst mode."""
     dims = [2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -159,7 +170,10 @@ class Correlation(GridStudy):
 
         numbers = metrics or ("whitened_sliced_wasserstein", *METRICS)
         found = compare(collect(folder, jobs), numbers, ("data.d", "budget", "law"), out, self.conclude)
+        cells = [c for c in collect(folder, jobs) if "score_error" in c.summary]
         rhos, dims = self.of_size("rhos"), self.of_size("spectrum_dims")
+        if cells:
+            found.tables.append(score_errors(cells))
         tables = [
             spectrum(rhos, dims), forgetting(rhos, dims), steps(rhos, dims, False), steps(rhos, dims, True),
             forgotten_matrix(rhos, dims),

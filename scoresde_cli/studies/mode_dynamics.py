@@ -73,7 +73,14 @@ def grid(steps: int) -> Array:
 def end_ratio(
     kappa: Array, steps: int, stochastic: bool, noise: Array | None = None, assumed: Array | None = None
 ) -> Array:
-    """V / K(t_min) by mode after Euler's method with the exact score.
+    """V / K(t_min) by mode after Euler's method with the exact score; arguments as for `log_ratio`."""
+    return np.asarray(np.exp(log_ratio(kappa, steps, stochastic, noise, assumed)))
+
+
+def log_ratio(
+    kappa: Array, steps: int, stochastic: bool, noise: Array | None = None, assumed: Array | None = None
+) -> Array:
+    """The logarithm of V / K(t_min) by mode, which holds where a wrong flow leaves less than floating point can say.
 
     Args:
         kappa: the data's variances; in units of the noise's, or plain with `noise` the noise's.
@@ -83,7 +90,7 @@ def end_ratio(
     noise = np.ones_like(kappa) if noise is None else noise
     assumed = noise if assumed is None else assumed
     t = grid(steps)
-    V = noise.copy()  # of the prior
+    V, log_V = noise.copy(), np.log(noise)  # of the prior
     share = 1.0 if stochastic else 0.5
     for start in range(0, steps, 256):
         now, h = t[start : start + 256 + 1][:-1], -np.diff(t[start : start + 256 + 1])
@@ -94,9 +101,9 @@ def end_ratio(
             for f, step in zip(factor**2, h, strict=True):
                 V = f * V + B * step * assumed
         else:
-            V = V * np.exp(2.0 * np.log(np.maximum(np.abs(factor), 1e-150)).sum(0))
+            log_V = log_V + 2.0 * np.log(np.maximum(np.abs(factor), 1e-150)).sum(0)
     m2 = math.exp(-B * T_MIN)
-    return np.asarray(V / (kappa * m2 + noise * (1.0 - m2)))
+    return np.asarray((np.log(V) if stochastic else log_V) - np.log(kappa * m2 + noise * (1.0 - m2)))
 
 
 def ladder() -> list[int]:
@@ -127,6 +134,6 @@ def steps_to(kappa: Array, stochastic: bool, criterion: Literal["mean", "worst"]
 
 def cost_of_forgetting(lam: Array, stochastic: bool, steps: int = 4000) -> tuple[float, float]:
     """(KL / d, worst ratio) where the reversal takes I for Sigma; data 0.25 I, noise with eigenvalues lam, prior N(0, Sigma)."""
-    ratio = end_ratio(np.full_like(lam, 0.25), steps, stochastic, lam, np.ones_like(lam))
-    worst = float(ratio[np.argmax(np.abs(np.log(ratio)))])
-    return divergence(ratio) / len(lam), worst
+    log = log_ratio(np.full_like(lam, 0.25), steps, stochastic, lam, np.ones_like(lam))
+    worst = float(np.exp(log[np.argmax(np.abs(log))]))
+    return float(0.5 * (np.exp(log) - 1.0 - log).mean()), worst
