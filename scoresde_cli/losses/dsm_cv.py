@@ -7,7 +7,7 @@ variate  g = g_DSM + w(t) (g_SSM - g_DSM)  is unbiased for every function w of t
 
 DSM is noisy at small t, where its target hardly depends on the data, SSM at large t. The variance at t is least at
 
-    w* = -E<g_DSM, g_SSM - g_DSM> / E|g_SSM - g_DSM|^2                                            (section 3 of docs/theory.md)
+    w* = -E<g_DSM, g_SSM - g_DSM> / E|g_SSM - g_DSM|^2                                            (section 9 of docs/theory.md)
 
 which `training/mixing.py` estimates while training. Directions are pushed for the samples with w > 0 alone. Control variates of
 the same two estimators where the data's energy is known: De Bortoli et al., arXiv 2402.08667.
