@@ -242,7 +242,9 @@ def translate(problem: Exception, name: str, overrides: list[str]) -> ScoreSDEEr
     option = re.search(r"Could not find '(.+)/([^'/]*)'", text)
     if option:
         group, given = option.groups()
-        choices = configs.options(group) or re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        if given == "submitit_slurm" and not any(given in o for o in overrides):
+            return ScoreSDEError("hydra/launcher=slurm needs submitit: pip install 'scoresde[slurm]'")
+        choices = sorted({*configs.options(group), *re.findall(r"^\t(\S+)$", text, re.MULTILINE)})
         if choices:
             return ScoreSDEError(
                 f"{group}={given}: no such option; expected one of {', '.join(choices)}{nearest(given, choices)}"

@@ -81,6 +81,8 @@ def outcome(folder: Path) -> Iterator[None]:
         yield
     except Exception as problem:
         line, code = in_words(problem) or (f"internal error: {type(problem).__name__}: {problem}", 1)
+        if type(problem).__name__ == "UncompletedJobError":  # of submitit
+            line = "came to the end of its time too often (hydra.launcher.timeout_min, max_num_timeout); what it did is saved"
         give_up(folder, one_line(line), code, traceback.format_exc())
 
 

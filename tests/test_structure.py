@@ -26,7 +26,7 @@ LEVELS = [
     {"compose"},
     {"stored"},
     {"rundir", "advice", "tuning"},
-    {"figures", "evaluation", "runs", "sweeps", "launching", "together"},
+    {"figures", "evaluation", "runs", "sweeps", "launching", "together", "slurm"},
     {"writers"},
     {"studies"},
     {"commands"},

@@ -1,6 +1,7 @@
 """`scoresde train`: compose, train, measure, draw; or go on with a run that was cut."""
 
 import contextlib
+import os
 import resource
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,14 +65,18 @@ def job(config: dict[str, Any], overrides: list[str], folder: Path, launcher: st
     from hydra.core.hydra_config import HydraConfig
 
     found = float("nan")
+    processes.join()
+    if processes.rank():
+        together.follow()
+        return found
     with ExitStack() as stack:
         stack.enter_context(sweeps.worker(folder, launcher, total))
         stack.enter_context(claim(folder, HydraConfig.get().job.num))
         if sweeps.failed_meanwhile(folder):
             return found
         stack.enter_context(sweeps.outcome(folder))
-        if launcher == "joblib":  # as many jobs as there are cores
-            config = {**config, "threads": config["threads"] or 1}
+        if launcher != "basic":  # as many jobs as there are cores, or as many threads as Slurm has given it
+            config = {**config, "threads": config["threads"] or int(os.environ.get("SLURM_CPUS_PER_TASK", 1))}
         tracker = {**config["tracker"], "group": config["tracker"].get("group") or folder.parent.name}
         if not (folder / "run.json").is_file():
             run = fresh({**config, "tracker": tracker}, overrides, str(folder))
@@ -220,6 +225,9 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
             raise ScoreSDEError(
                 f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train resume={run.path}"
             ) from problem
+        except SystemExit:  # submitit has requeued the job
+            run.update(status="preempted", ended=now())
+            raise
         except BaseException as problem:
             record_failure(run, problem)
             raise
