@@ -3,9 +3,9 @@
 Two sweeps of the same jobs, started together, then take turns: what one is at, the other waits for, and finds done. The system
 lets go of a lock when its process ends, however it ends. A file that is left without one tells of a process that was killed.
 
-On a file system of several machines the lock of a machine that is no more may be kept for long, and some give the same lock twice. So
-the owner also touches its file every BEAT seconds: one of another machine is an owner while it does, lock or no lock, and none after
-STALE seconds. An owner whose file has gone to somebody else stops.
+On a file system of several machines the lock of a machine that is no more may be kept for long, and some give the same lock twice.
+So the owner also touches its file every BEAT seconds: one of another machine is an owner while it does, lock or no lock, and none
+after STALE seconds. An owner whose file has gone to somebody else stops.
 """
 
 import fcntl
@@ -25,6 +25,7 @@ from scoresde_cli.tracking import console
 
 PARENT = "SCORESDE_PARENT"  # in the environment of workers: the process that started them
 BEGAN = "SCORESDE_BEGAN"  # in the environment of jobs: when their sweep began, in seconds since the epoch
+TASK = "SCORESDE_TASK"  # in the environment: the one job of a sweep that this process is to run, by its number
 PATIENCE = 15.0  # seconds for a process that is to end
 BEAT, STALE = 5.0, 60.0  # seconds
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, bool]] = {
     "verify": ("show the identity L_ISM = E L_SSM as numbers, for a network, a dimension and a law", True),
     "rerun": ("train a run's config again in a new directory and compare the numbers", True),
     "list": ("the options of a group, or of all; `list runs` shows the runs below this folder", False),
+    "batch": ("a sweep as a file for sbatch: `scoresde batch time=4:00:00 mem=4G train -m n_proj=1,2,4`", False),
     "doctor": ("check this installation and this machine", False),
 }
 PATH_KEYS = ("run", "resume", "dir", "dirs", "out", "data.path")

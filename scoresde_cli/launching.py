@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scoresde_cli import slurm
-from scoresde_cli.claims import BEGAN, PARENT, abandoned
+from scoresde_cli.claims import BEGAN, PARENT, TASK, abandoned
 from scoresde_cli.configs import quoted
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.sweeps import give_up
@@ -56,15 +56,17 @@ def workers() -> Iterator[None]:
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 
-    old = [(JoblibLauncher, JoblibLauncher.launch), (BasicLauncher, BasicLauncher.launch)]
+    patches: dict[Any, Launch] = {
+        JoblibLauncher: patient(JoblibLauncher.launch), BasicLauncher: selected(BasicLauncher.launch),
+    }  # fmt: skip
     os.environ |= {PARENT: str(os.getpid()), BEGAN: str(time.time())}
-    JoblibLauncher.launch = patient(JoblibLauncher.launch)
-    BasicLauncher.launch = selected(BasicLauncher.launch)
     with suppress(ImportError):  # an extra
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
-        old.append((SlurmLauncher, SlurmLauncher.launch))
-        SlurmLauncher.launch = on_slurm
+        patches[SlurmLauncher] = on_slurm
+    before = {launcher: launcher.launch for launcher in patches}
+    for launcher, launch in patches.items():
+        launcher.launch = launch
     try:
         yield
     except Exception as problem:
@@ -72,7 +74,7 @@ def workers() -> Iterator[None]:
             raise
         raise ScoreSDEError(f"a worker was {KILLED}; the same command goes on with the rest") from None
     finally:
-        for launcher, launch in old:
+        for launcher, launch in before.items():
             launcher.launch = launch
         for name in (PARENT, BEGAN):
             os.environ.pop(name, None)
@@ -100,11 +102,11 @@ def selected(once: Launch) -> Launch:
     """A launcher's `launch` of one job of the sweep alone, where the environment names its number: a task of a batch array."""
 
     def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
-        number = os.environ.get(slurm.TASK)
+        number = os.environ.get(TASK)
         if number is None or len(job_overrides) == 1:
             return once(launcher, job_overrides, initial_job_idx)
         if not int(number) < len(job_overrides):
-            raise ScoreSDEError(f"{slurm.TASK}={number}: the sweep has {len(job_overrides)} jobs, counted from 0")
+            raise ScoreSDEError(f"{TASK}={number}: the sweep has {len(job_overrides)} jobs, counted from 0")
         return once(launcher, [job_overrides[int(number)]], int(number))
 
     return launch

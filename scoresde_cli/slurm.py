@@ -1,10 +1,10 @@
 """hydra/launcher=slurm: the jobs of a grid as a Slurm array by submitit, and a parent that can be killed and comes back.
 
-What a job is at is known from files and from Slurm, never from the parent's memory. Before an array is submitted, its name, which no
-other array has, and the jobs in it are written to .slurm/NAME.json in the sweep's directory; so a later parent finds in the queue what
-an earlier one has submitted, waits for that, and submits the rest. A job is over where submitit's file with its result is there. One
-that has left the queue without that file was cancelled, or lost, or ended by a signal: after SETTLE seconds it is listed as failed,
-with what Slurm remembers of it, by sacct where that works, else by scontrol.
+What a job is at is known from files and from Slurm, never from the parent's memory. Before an array is submitted, its name, which
+no other array has, and the jobs in it are written to .slurm/NAME.json in the sweep's directory; so a later parent finds in the
+queue what an earlier one has submitted, waits for that, and submits the rest. A job is over where submitit's file with its result
+is there. One that has left the queue without that file was cancelled, or lost, or ended by a signal: after SETTLE seconds it is
+listed as failed, with what Slurm remembers of it, by sacct where that works, else by scontrol.
 
 submitit requeues a job on the signal before the end of its time and on preemption, Slurm after the loss of a node; each goes on in
 its own directory, from its last checkpoint (training/stop.py saves one first where there is time).
@@ -18,6 +18,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from scoresde_cli.sweeps import failed_meanwhile, give_up, slug, status
 from scoresde_cli.tracking import console
 from scoresde_cli.training.state import write_durably
 
-TASK = "SCORESDE_TASK"  # in the environment: the one job of a sweep that is to be run, by its number
 EVERY, SETTLE, ASK = 0.5, 15.0, 5.0  # seconds: between looks at files, for a file to show, between questions to Slurm
 TAIL = 5  # lines of a lost job's log that are shown
 STUCK = (
@@ -80,16 +80,13 @@ def queued() -> dict[str, tuple[str, str, str]] | None:
 
 def result_file(root: Path, job: str) -> Path:
     """Where submitit leaves the result of a job that has come to its end, whatever the end was."""
-    return root / job.split("_")[0] / f"{job}_0_result.pkl"
+    return root / job / f"{job}_0_result.pkl"
 
 
 def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
     """Run the jobs, those that are done already in this process, where they return at once."""
-    from omegaconf import OmegaConf
-
     sweep = Path(str(launcher.config.hydra.sweep.dir)).absolute()
-    root = Path(OmegaConf.to_container(launcher.config, resolve=True)["hydra"]["launcher"]["submitit_folder"])  # type: ignore[index, call-overload]
-    root = root.absolute().parent
+    root = Path(str(launcher.params["submitit_folder"])).absolute().parent
     jobs = [Job(initial_job_idx + i, list(o), place(launcher, o)) for i, o in enumerate(job_overrides)]
     finished = [job for job in jobs if (job.folder / "run.json").is_file() and status(RunDir(job.folder)) == "finished"]
     results = {job.number: once(launcher, job) for job in finished}
@@ -192,9 +189,11 @@ def wait(jobs: Sequence[Submitted], root: Path) -> None:
     while left:
         if time.monotonic() - asked > ASK:
             there, asked = queued(), time.monotonic()
-        over = results(root, left)
+            for one in left:
+                with suppress(OSError):
+                    os.utime(result_file(root, one.id).parent)  # a network file system then looks again
         for one in list(left):
-            if one.id in over:
+            if result_file(root, one.id).is_file():
                 left.remove(one)
                 word = "failed  " if failed_meanwhile(one.job.folder) else ""
                 console.note(f"{len(jobs) - len(left):4d} of {len(jobs)}  {word}{one.job.folder.name}")
@@ -209,16 +208,6 @@ def wait(jobs: Sequence[Submitted], root: Path) -> None:
                         give_up(one.job.folder, f"{fate(one.id)}; {last_words(one, root)}", 1)
         if left:
             time.sleep(EVERY)
-
-
-def results(root: Path, jobs: Sequence[Submitted]) -> set[str]:
-    """The ids of those that have left a result."""
-    found = set()
-    for folder in {result_file(root, one.id).parent for one in jobs}:
-        if folder.is_dir():
-            os.utime(folder)  # a network file system then looks again
-            found |= set(os.listdir(folder))
-    return {one.id for one in jobs if result_file(root, one.id).name in found}
 
 
 def tell(one: Submitted, name: str, state: str, reason: str) -> None:
@@ -241,7 +230,8 @@ def fate(job: str) -> str:
         "CANCELLED": "was cancelled", "TIMEOUT": "was ended by its time limit", "NODE_FAIL": "was lost with its node",
         "OUT_OF_MEMORY": "was out of memory (hydra.launcher.mem_gb)", "PREEMPTED": "was preempted and not requeued",
     }  # fmt: skip
-    return f"Slurm job {job} {words.get(state, f'left the queue without a result ({state.lower() or 'nothing is remembered of it'})')}"
+    unknown = f"left the queue without a result ({state.lower() or 'nothing is remembered of it'})"
+    return f"Slurm job {job} {words.get(state, unknown)}"
 
 
 def last_words(one: Submitted, root: Path) -> str:
@@ -270,6 +260,6 @@ def result(root: Path, there: Sequence[Submitted], job: Job, launcher: Any) -> A
         give_up(job.folder, one_line(str(found).strip().splitlines()[-1])[:300], 1, str(found))
     except (OSError, ValueError, EOFError):
         pass
-    lost = JobReturn(overrides=job.overrides, return_value=float("nan"), status=JobStatus.COMPLETED)
+    lost = JobReturn(overrides=job.overrides, _return_value=float("nan"), status=JobStatus.COMPLETED)
     lost.cfg = launcher.config
     return lost
