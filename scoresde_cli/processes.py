@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from scoresde_cli.errors import ScoreSDEError, one_line
+from scoresde_cli.errors import Diverged, ScoreSDEError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,23 +182,32 @@ def lost(found: Group) -> str:
     return f"{gone} of the {found.place.size} of this run has ended, so process {found.place.rank} ends too"
 
 
-def leave(code: int) -> int:
-    """The end of this process, and its exit code: the first one says goodbye, the others wait for that."""
+def part(code: int = 0) -> int:
+    """The end of the work together, and the exit code of all: the first one says goodbye, the others wait for that."""
     found = group
-    if found is None:
+    if found is None or found.over:
         return code
     if found.place.rank == 0:
         found.over = True
         for link in found.links.values():
             with suppress(OSError):
                 link.sendall(GOODBYE + bytes([code]))
-    elif code in (0, 3, 130, 143):  # what all come to at the same time
+        return code
+    if code in (0, Diverged.exit_code, 130, 143):  # what all come to at the same time
         while found.ending is None and found.gone is None:
             time.sleep(0.05)
-        found.over = True
+    found.over = True
+    return code if found.ending is None else found.ending
+
+
+def leave(code: int) -> int:
+    """The end of this process, and its exit code."""
+    if group is None:
+        return code
+    code = part(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if found.ending is None else found.ending)  # the library would wait for processes that are no more
+    os._exit(code)  # the library would wait for processes that are no more
 
 
 def mourned() -> bool:

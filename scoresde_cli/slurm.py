@@ -11,11 +11,14 @@ its own directory, from its last checkpoint (training/stop.py saves one first wh
 """
 
 import getpass
+import importlib.util
 import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -71,7 +74,7 @@ def query(*command: str) -> str | None:
 
 
 def queued() -> dict[str, tuple[str, str, str]] | None:
-    """What this user has in the queue, {id: (name, state, reason)}, an array's tasks one by one; None where Slurm does not answer."""
+    """What this user has in the queue, {id: (name, state, reason)}, arrays task by task; None where Slurm does not answer."""
     found = query("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%j|%T|%r")
     if found is None:
         return None
@@ -263,3 +266,76 @@ def result(root: Path, there: Sequence[Submitted], job: Job, launcher: Any) -> A
     lost = JobReturn(overrides=job.overrides, _return_value=float("nan"), status=JobStatus.COMPLETED)
     lost.cfg = launcher.config
     return lost
+
+
+def examine() -> str:
+    """What `scoresde doctor` says of the cluster. Raises ScoreSDEError for what would not work."""
+    if shutil.which("sbatch") is None:
+        return "no sbatch here: hydra/launcher=joblib uses the cores of this machine"
+    rows = query("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
+    if rows is None:
+        raise ScoreSDEError(
+            "sbatch is here, and sinfo gets no answer: slurmctld is down, or SLURM_CONF names another cluster"
+        )
+    found = []
+    for row in rows.splitlines():
+        name, up, limit, nodes, cores, memory, gres = row.split("|")
+        gpus = "no GPUs, so leave gpus_per_node out" if gres == "(null)" else gres
+        found.append(f"{name} ({up}, {nodes} nodes of {cores} cores and {memory} MB, {gpus}, time limit {limit})")
+    if importlib.util.find_spec("submitit") is None:
+        found.append(
+            "submitit is missing for hydra/launcher=slurm (pip install 'scoresde[slurm]'); scoresde batch needs none"
+        )
+    if query("sacct", "-n", "-X", "-j", "1") is None:
+        found.append(
+            "sacct does not work (no accounting): the queue is asked, and how a lost job ended is known for a while only"
+        )
+    else:
+        found.append("sacct works")
+    return "; ".join(["partitions " + ", ".join(found[: len(rows.splitlines())]), *found[len(rows.splitlines()) :]])
+
+
+SHARED = (
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "fuse.ceph",
+    "cephfs",
+    "panfs",
+    "afs",
+    "glusterfs",
+    "wekafs",
+    "smb3",
+    "9p",
+)
+
+
+def shared_folder() -> str:
+    """Whether compute nodes see this folder: what its file system is, and whether it has locks."""
+    here = Path.cwd()
+    kind = (query("stat", "-f", "-c", "%T", str(here)) or "?").strip()
+    mounts = (
+        [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        if Path("/proc/mounts").exists()
+        else []
+    )
+    under = [m for m in mounts if here.is_relative_to(m[1].replace("\\040", " "))]
+    kind = max(under, key=lambda m: len(m[1]))[2] if under else kind
+    from scoresde_cli.claims import acquire
+
+    with tempfile.TemporaryDirectory(dir=here) as folder:
+        try:
+            with acquire(Path(folder) / "lock") as held:  # type: ignore[union-attr]
+                assert held
+        except OSError as problem:
+            raise ScoreSDEError(
+                f"{here} ({kind}) has no locks ({problem.strerror}); put the outputs elsewhere"
+            ) from None
+    if kind.startswith(SHARED):
+        return f"{here} is on {kind}, which nodes share; locks work"
+    if (query("sinfo", "-h", "-o", "%D") or "1").split()[0] in ("0", "1"):
+        return f"{here} is on {kind}, of this machine alone; locks work"
+    return f"{here} is on {kind}, of this machine alone: on a cluster put the sweep where all nodes see it (hydra.sweep.dir=)"

@@ -68,8 +68,10 @@ def job(config: dict[str, Any], overrides: list[str], folder: Path, launcher: st
     processes.join()
     if processes.rank():
         together.follow()
+        processes.part()
         return found
     with ExitStack() as stack:
+        stack.callback(processes.part)
         stack.enter_context(sweeps.worker(folder, launcher, total))
         stack.enter_context(claim(folder, HydraConfig.get().job.num))
         if sweeps.failed_meanwhile(folder):
