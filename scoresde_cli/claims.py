@@ -87,15 +87,16 @@ def taken(file: Path) -> IO[str] | None:
     return held
 
 
-def keep(file: Path, held: IO[str], over: threading.Event) -> None:
+def keep(file: Path, mine: os.stat_result, over: threading.Event) -> None:
     """Touch a file as long as it is this process's own."""
-    mine = os.fstat(held.fileno())
     while not over.wait(BEAT):
         try:
             if not os.path.samestat(mine, file.stat()):
                 raise FileNotFoundError
             os.utime(file)
         except FileNotFoundError:
+            if over.is_set():  # removed by this process itself
+                return
             console.warn(f"{file.name}: another process has taken this job over")
             os.kill(os.getpid(), signal.SIGTERM)
             return
@@ -119,7 +120,7 @@ def claim(folder: Path, number: int = 0) -> Iterator[None]:
         held.truncate(0)
         json.dump({"sweep": sweep(), "pid": os.getpid(), "job": number, "host": socket.gethostname()}, held)
         held.flush()
-        threading.Thread(target=keep, args=(file, held, over), daemon=True).start()
+        threading.Thread(target=keep, args=(file, os.fstat(held.fileno()), over), daemon=True).start()
         try:
             yield
         finally:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-BEAT, SILENCE, GRACE = 0.5, 15.0, 8.0  # seconds
+BEAT, SILENCE, GRACE = 0.5, 20.0, 8.0  # seconds
 TO_MEET = timedelta(minutes=2)
 ENOUGH = timedelta(hours=12)  # for a collective: the first process may measure, draw and write for long
 GOODBYE = b"!"

@@ -24,7 +24,14 @@ def test_the_tasks_of_an_array_are_the_jobs_of_the_sweep(tmp_path, cli, monkeypa
     text = file.read_text()
     assert subprocess.run(["bash", "-n", file], check=False).returncode == 0
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
-    for wanted in ("--array=0-3%3", "--time=1:00:00", "--mem=2G", "--partition=short", "--requeue", "--signal=B:USR1@120"):
+    for wanted in (
+        "--array=0-3%3",
+        "--time=1:00:00",
+        "--mem=2G",
+        "--partition=short",
+        "--requeue",
+        "--signal=B:USR1@120",
+    ):
         assert f"#SBATCH {wanted}" in lines
     assert not any("gpu" in line for line in lines)
     command = shlex.split(next(line for line in text.splitlines() if line.endswith(" &")).removesuffix("&"))
@@ -80,7 +87,10 @@ def test_the_agents_of_the_wandb_sweep_run_what_train_understands():
             for name, law in sweep["parameters"].items()
         }
         words = utils.create_sweep_command(sweep["command"])
-        known = utils.create_sweep_command_args({"args": values}) | {"program": [sweep["program"]], "env": ["/usr/bin/env"]}
+        known = utils.create_sweep_command_args({"args": values}) | {
+            "program": [sweep["program"]],
+            "env": ["/usr/bin/env"],
+        }
         command = [w for word in words for w in (known[word[2:-1]] if word.startswith("${") else [word])]
         assert command[:3] == ["/usr/bin/env", "scoresde", "train"]
         flags, overrides = hydra_app.sort_arguments("train", command[3:])
