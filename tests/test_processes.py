@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scoresde_cli import processes
+from scoresde_cli.errors import Stopped
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.rng import generator
@@ -20,6 +21,7 @@ from scoresde_cli.rundir import RunDir
 from scoresde_cli.sketching import XTrace
 from scoresde_cli.tracking.jsonl import read_rows
 from scoresde_cli.training.rows import Rows
+from scoresde_cli.training.stop import StopRequest
 from tests.conftest import NO_FIGURES, SMALL
 from tests.test_losses import MAKERS, SDE, data, model_of
 
@@ -141,3 +143,16 @@ def test_a_process_outside_torchrun_and_srun_is_alone(monkeypatch):
     found = processes.placed()
     assert found is not None
     assert (found.size, found.local_size, found.address) == (4, 4, "127.0.0.1")
+
+
+def test_one_request_to_stop_that_comes_twice_is_one(monkeypatch):
+    """As Slurm sends it to a batch script and to its program: the second must not cut the saving that the first has asked for."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    request = StopRequest()
+    request.deferred = True
+    request.receive(signal.SIGTERM, None)
+    request.receive(signal.SIGTERM, None)
+    now[0] += 10.0
+    with pytest.raises(Stopped):
+        request.receive(signal.SIGTERM, None)

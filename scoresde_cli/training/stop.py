@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import Any
 
 from scoresde_cli.errors import Stopped
 
+AT_ONCE = 2.0  # seconds in which several SIGTERM are one
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -19,6 +21,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.deferred = False
         self.signum: int | None = None
+        self.at = 0.0
         self.requeue: Callable[[int, FrameType | None], Any] | None = None
 
     def leave_the_node(self, signum: int, frame: FrameType | None) -> None:
@@ -29,6 +32,9 @@ class StopRequest:
         self.signum = signum
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
+        before, self.at = self.at, time.monotonic()
+        if signum == signal.SIGTERM and self.signum == signum and self.at - before < AT_ONCE:
+            return  # Slurm, its batch script and torchrun each send the one
         again = self.signum is not None
         self.signum = signum
         if again or not self.deferred:

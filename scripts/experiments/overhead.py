@@ -44,17 +44,8 @@ def imports() -> None:
 def measure(launcher: str, folder: Path, jobs: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     seeds = "seed=" + ",".join(map(str, range(jobs)))
-    command = [
-        sys.executable,
-        "-m",
-        "scoresde_cli",
-        "train",
-        "-m",
-        seeds,
-        *REST,
-        *LAUNCHERS[launcher],
-        f"hydra.sweep.dir={folder}",
-    ]
+    launch = [*LAUNCHERS[launcher], f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, "-m", "scoresde_cli", "train", "-m", seeds, *REST, *launch]
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     whole = time.perf_counter() - began
