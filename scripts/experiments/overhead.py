@@ -57,8 +57,8 @@ def measure(launcher: str, folder: Path, jobs: int) -> None:
         within.append(spent.total_seconds() - trained[-1])
     beyond = whole * AT_A_TIME / jobs - statistics.mean(trained)
     print(
-        f"{launcher:<8}{len(trained)} jobs, {whole:.0f} s: {beyond:.1f} s a job beyond {statistics.mean(trained):.1f} s of training, "
-        f"of which {statistics.mean(within):.1f} s sampling, measuring and writing (whole seconds)", flush=True,
+        f"{launcher:<8}{len(trained)} jobs, {whole:.0f} s: {beyond:.1f} s a job beyond {statistics.mean(trained):.1f} s of "
+        f"training, of which {statistics.mean(within):.1f} s sampling, measuring and writing (whole seconds)", flush=True,
     )  # fmt: skip
 
 
