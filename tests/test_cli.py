@@ -240,6 +240,7 @@ WRONG = [
     wrong("list", "lossses", says="did you mean 'loss'"),
     wrong("list", "loss", "sde", says="expected one group"),
     wrong("doctor", "now", says="no arguments"),
+    wrong("batch", "n_proj=1,2", says="no `train` among"),
 ]
 
 
