@@ -13,6 +13,7 @@ from scoresde_cli.networks.mlp import MLP
 from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual
 from scoresde_cli.networks.resmlp import ResMLP
+from scoresde_cli.networks.unet import UNet
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
@@ -57,6 +58,7 @@ NETWORKS = {
     "energy": lambda s: EnergyMLP(s, 16, 3),
     "energy, one layer": lambda s: EnergyMLP(s, 16, 1, "tanh"),
     "energy, gelu": lambda s: EnergyMLP(s, 16, 2, "gelu"),
+    "unet": lambda s: UNet(s, channels=4, multipliers=[1, 2]),
     "plain": Plain,
     "plain energy": PlainEnergy,
 }
@@ -208,7 +210,7 @@ def test_the_trace_does_not_depend_on_the_chunk():
         assert torch.allclose(divergence.weighted_trace(model.network, x, t, None, chunk)[1], whole, rtol=1e-12)
 
 
-@pytest.mark.parametrize("make", [MLP, ResMLP, EnergyMLP])
+@pytest.mark.parametrize("make", [MLP, ResMLP, EnergyMLP, UNet])
 def test_an_untrained_network_returns_zero(make):
     x, t = batch((3,))
     assert not make((3,)).double()(x, t).any()
