@@ -23,7 +23,7 @@ from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
 from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_white, gaussian_model
-from scoresde_cli.networks.parameterisation import Parameterisation
+from scoresde_cli.networks.parameterisation import Parameterisation, covariance_for
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.sdes.base import SDE, LinearSDE
@@ -372,13 +372,13 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     if keys.t_min >= sde.T:
         raise ScoreSDEError(f"t_min={keys.t_min}: expected less than the process's T={sde.T}")
     parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
+    network = build_network(config["network"], data.shape, keys.seed, len(data.classes))
     if gaussian is None:
-        gaussian = fit_white(sde, data.splits["train"], parameterisation.covariance)
+        gaussian = fit_white(sde, data.splits["train"], covariance_for(parameterisation, network))
     moments = None
     if "train" in data.splits:  # the baseline is the same whatever the parameterisation makes of the moments
         rows, d = len(data.splits["train"]), int(torch.Size(data.shape).numel())
         moments = fit_white(sde, data.splits["train"], "full" if rows > 10 * d else "isotropic")
-    network = build_network(config["network"], data.shape, keys.seed, len(data.classes))
     model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
     model.bounds = data.bounds

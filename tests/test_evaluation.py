@@ -173,7 +173,7 @@ def test_the_likelihood_of_images_is_in_bits_of_their_levels():
 
 
 def test_what_is_measured_fits_the_data():
-    assert set(pick_metrics(None, EightGaussians(n=100))) == set(METRICS) - {"frechet_pca", "fid", "kid"}
+    assert set(pick_metrics(None, EightGaussians(n=100))) == set(METRICS) - {"frechet_pca", "classifier", "fid", "kid"}
     assert not {"score_error", "mode_weights"} & set(pick_metrics(None, Moons(n=100)))
     assert "frechet_pca" in pick_metrics(None, Digits())
     for asked, says in ((["nil"], "did you mean 'nll'"), (["score_error"], "not known"), (["frechet_pca"], "image")):

@@ -72,7 +72,9 @@ class ImageFolder(Images):
             "path": str(Path(path).expanduser().resolve()), "sha256": hashlib.sha256(u.numpy().tobytes()).hexdigest(),
             "broken": len(files) - len(pixels), "fit": fit,
         }  # fmt: skip
-        super().__init__(u, 255, codes, classes, dequantise=dequantise, flips=flips, seed=seed, path=path, facts=facts)
+        super().__init__(
+            u, 255, codes, classes, labels=labels, dequantise=dequantise, flips=flips, seed=seed, path=path, facts=facts
+        )
 
 
 def picture_files(path: str, labels: bool) -> list[Path]:

@@ -229,14 +229,14 @@ class Block(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the size by copies, then a convolution."""
+    """A convolution to the channels of the finer level, at a quarter of what it costs there, then twice the size by copies."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = Conv(channels, channels)
+        self.conv = Conv(inputs, outputs)
 
     def forward(self, h: Tensor, dh: Tensor | None = None) -> Pair:
-        return self.conv(*linear(lambda u: F.interpolate(u, scale_factor=2.0, mode="nearest"), h, dh))
+        return linear(lambda u: F.interpolate(u, scale_factor=2.0, mode="nearest"), *self.conv(h, dh))
 
 
 def joined(a: Pair, b: Pair) -> Pair:

@@ -79,8 +79,8 @@ class UNet(nn.Module):
         for i, wide in reversed(list(enumerate(widths))):
             self.up.append(level([((now if j == 0 else wide) + wide, wide) for j in range(count)], heights[i]))
             if i > 0:
-                self.grow.append(Up(wide))
-            now = wide
+                self.grow.append(Up(wide, widths[i - 1]))
+            now = widths[max(0, i - 1)]
         self.norm, self.last = Norm(now), Conv(now, self.image[0], zero=True)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
