@@ -122,6 +122,7 @@ WRONG = [
     wrong("train", "data=digits", "network=unet", "network.attention=[3]", says="expected some of [8, 4, 2]"),
     wrong("train", "data=digits", "network=unet", "network.multipliers=[]", says="one number a level"),
     wrong("train", "data=digits", "network=unet", "network.size=large", says="small"),
+    wrong("train", "batch_size=256", "accumulate=3", says="a divisor of batch_size=256"),
     wrong("train", "sde=vpp", says="did you mean 'vp'"),
     wrong("train", "sde=correlated", "sde.sigma=ar2", says="did you mean 'ar1'"),
     wrong("train", "sde=correlated", "sde.rho=1", says="less than 1"),

@@ -48,6 +48,7 @@ class Plan:
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
     chooser: "Chooser | None" = None
+    accumulate: int = 1  # parts of a batch, one after the other, whose mean gradient is the step's
 
 
 class Chooser(Protocol):
@@ -101,11 +102,12 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
 
 
 def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]:
-    """The field, given the batch's labels where there are any, and the batch (batch_size, *D)."""
-    rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
+    """The field, given the labels where there are any, and a part of the batch (batch_size / accumulate, *D)."""
+    size = plan.batch_size // plan.accumulate
+    rows = torch.randint(len(plan.train), (size,), generator=source, device=plan.train.device)
     field = plan.field
     if plan.labels is not None:
-        hidden = uniform((plan.batch_size,), source) < plan.label_dropout
+        hidden = uniform((size,), source) < plan.label_dropout
         field = field.labelled(torch.where(hidden, -1, plan.labels[rows]))
     return field, plan.train[rows]
 
@@ -114,15 +116,18 @@ def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     seed_global(source)
-    field, x0 = draw_batch(plan, source)
-    loss = plan.loss(field, plan.sde, x0, source).mean()
-    loss.backward()
+    total = torch.zeros((), device=plan.train.device)
+    for _ in range(plan.accumulate):
+        field, x0 = draw_batch(plan, source)
+        loss = plan.loss(field, plan.sde, x0, source).mean() / plan.accumulate
+        loss.backward()
+        total += loss.detach()
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
         state.update_average(plan.ema)
     state.step += 1
     state.samples += plan.batch_size
-    return loss.detach()
+    return total
 
 
 def finite(state: TrainState) -> bool:
