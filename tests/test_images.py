@@ -350,6 +350,7 @@ def test_without_package_network_or_set_there_is_one_line(monkeypatch):
         disable_progress_bars=lambda: None, DownloadConfig=lambda **keys: None, load_dataset=away, DatasetDict=dict
     )
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    monkeypatch.setattr("scoresde_cli.datasets.hf.reachable", lambda: True)
     with pytest.raises(ScoreSDEError, match=r"data.path=mnits: not to be had .*did you mean 'mnist'") as found:
         HF("mnits")
     assert "\n" not in str(found.value)

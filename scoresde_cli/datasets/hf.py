@@ -1,10 +1,13 @@
 """Image sets by name, through Hugging Face's `datasets`, which fetches a set once and keeps it (pip install 'scoresde[images]')."""
 
 import hashlib
+import os
+import socket
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from scoresde_cli.datasets.images import Images, class_codes
 from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest, one_line
 from scoresde_cli.rng import generator
 
+SECONDS_TO_CONNECT = 5
 PRESETS = {
     "mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10",
 }  # fmt: skip
@@ -73,12 +77,14 @@ class HF(Images):
 
 def fetch(path: str, config: str | None, part: str) -> Any:
     """The rows of one split: from a folder, from what was fetched before, or from the Hub. Raises ScoreSDEError."""
+    place = Path(path).expanduser()
+    if not place.is_dir() and not reachable():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what was fetched before, without minutes of retries
     try:
         library = import_module("datasets")
     except ModuleNotFoundError:
         raise ScoreSDEError("data=hf needs Hugging Face's datasets: pip install 'scoresde[images]'") from None
     library.disable_progress_bars()
-    place = Path(path).expanduser()
     try:
         if place.is_dir():
             found = library.load_from_disk(str(place))
@@ -86,16 +92,29 @@ def fetch(path: str, config: str | None, part: str) -> Any:
             fetching = library.DownloadConfig(max_retries=0)
             found = library.load_dataset(PRESETS.get(path, path), config, download_config=fetching)
     except Exception as problem:  # no network, no such set, a variant to be named: each library below has its own
+        hint = "" if path in PRESETS else nearest(path, PRESETS)
         what = f"{type(problem).__name__}: {one_line(problem)[:160]}"
         raise ScoreSDEError(
             f"data.path={path}: not to be had ({what}); expected {', '.join(PRESETS)}, the OWNER/NAME of a set on the Hub, with "
-            f"the network or fetched before, or a folder of one's save_to_disk{nearest(path, PRESETS)}"
+            f"the network or fetched before, or a folder of one's save_to_disk{hint}"
         ) from None
     if isinstance(found, library.DatasetDict):
         if part not in found:
             raise ScoreSDEError(f"data.part={part}: {path} has {', '.join(found)}{nearest(part, found)}")
         found = found[part]
     return found
+
+
+def reachable() -> bool:
+    """Whether the Hub answers; a proxy, where there is one, is taken to know the way."""
+    if any(name in os.environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), SECONDS_TO_CONNECT).close()
+    except OSError:
+        return False
+    return True
 
 
 def of_type(rows: Any, kind: str) -> list[str]:
