@@ -45,6 +45,11 @@ def wide(x: Tensor) -> Tensor:
     return x[..., None, None]
 
 
+def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale x + shift, (..., C, H, W), by channel; twice as fast as addcmul with a shift that is broadcast."""
+    return (x * wide(scale)).add_(wide(shift))
+
+
 def squash(grad: Tensor, a: Tensor) -> Tensor:
     """silu'(a) grad; a may be broadcast."""
     return torch.ops.aten.silu_backward(grad, a)
@@ -63,11 +68,11 @@ class Normalise(torch.autograd.Function):
         hat = u - wide(mean(over_pixels(u)))
         r = (mean(over_pixels(hat.square())) + EPS).rsqrt()
         hat.mul_(wide(r))
-        a = torch.addcmul(wide(b), hat, wide(s))
+        a = scaled(hat, s, b)
         sum_du, sum_hat_du = over_pixels(du), over_pixels(hat[:m] * du)
         mean_du, q = mean(sum_du), mean(sum_hat_du)
         rs = r[:m] * s[:m]
-        t = torch.addcmul(wide(-mean_du * rs), du, wide(rs))
+        t = scaled(du, rs, -mean_du * rs)
         t.addcmul_(hat[:m], wide(-q * rs))
         h, dh = (F.silu(a), squash(t, a[:m])) if bent else (a, t)
         ctx.groups, ctx.bent = groups, bent
@@ -100,7 +105,7 @@ class Normalise(torch.autograd.Function):
         mean_du, q, p = mean(sum_du), mean(sum_hat_du), mean(s_m * sum_hat_t)
         turned = r_m * (sum_du_t - mean_du * sum_t - q * sum_hat_t)  # sum over pixels of silu'(a) g_k du^_k
         rs = r * s
-        g_du = torch.addcmul(wide(-r_m * mean(s_m * sum_t)), g_t, wide(rs[:m]))
+        g_du = scaled(g_t, rs[:m], -r_m * mean(s_m * sum_t))
         g_du.addcmul_(hat_m, wide(-r_m * p))
         level = s * sum_a - front((r_m * (q * s_m * sum_t + p * sum_du)).sum(0))  # sum over pixels of g_u^
         slope = s * sum_hat_a - front((r_m * (q * s_m * sum_hat_t + p * sum_hat_du)).sum(0))  # and of u^ g_u^
@@ -160,7 +165,7 @@ class Norm(nn.Module):
         if film is None:
             a = F.group_norm(h, self.groups, self.weight, self.bias, EPS)
         else:
-            a = torch.addcmul(wide(b), F.group_norm(h, self.groups, eps=EPS), wide(s))
+            a = scaled(F.group_norm(h, self.groups, eps=EPS), s, b)
         return F.silu(a) if self.bent else a, None
 
 
