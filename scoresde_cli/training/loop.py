@@ -50,6 +50,7 @@ class Plan:
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
     chooser: "Chooser | None" = None
+    accumulate: int = 1  # parts of a batch, one after the other, whose mean gradient is the step's
 
 
 class Chooser(Protocol):
@@ -105,11 +106,12 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
 
 
 def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]:
-    """The field, given the batch's labels where there are any, and the batch (batch_size, *D)."""
-    picked = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
+    """The field, given the labels where there are any, and a part of the batch (batch_size / accumulate, *D)."""
+    size = plan.batch_size // plan.accumulate
+    picked = torch.randint(len(plan.train), (size,), generator=source, device=plan.train.device)
     field = plan.field
     if plan.labels is not None:
-        hidden = uniform((plan.batch_size,), source) < plan.label_dropout
+        hidden = uniform((size,), source) < plan.label_dropout
         field = field.labelled(torch.where(hidden, -1, plan.labels[picked]))
     return field, plan.train[picked]
 
@@ -118,10 +120,13 @@ def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device. Of several processes, each does its rows."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     seed_global(source, processes.rank())
-    field, x0 = draw_batch(plan, source)
-    part = rows.mean(plan.loss(rows.share(field), plan.sde, x0, source))
-    part.backward()
-    loss = rows.add_up(plan.model.network.parameters(), part)
+    total = torch.zeros((), device=plan.train.device)
+    for _ in range(plan.accumulate):
+        field, x0 = draw_batch(plan, source)
+        part = rows.mean(plan.loss(rows.share(field), plan.sde, x0, source)) / plan.accumulate
+        part.backward()
+        total += part.detach()
+    loss = rows.add_up(plan.model.network.parameters(), total)
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
         state.update_average(plan.ema)
