@@ -335,7 +335,7 @@ def measured(parts: Parts) -> list[str]:
     asked = parts.settings.eval["metrics"]
     if asked is None:
         asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data) is None]
-    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data)
+    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data, parts.sde)
 
 
 def draw(
@@ -352,6 +352,6 @@ def draw(
         paths.append(figures.class_grid(parts.data, found.of_classes, title, folder / "classes.png"))
     if "threshold" in found.summary:
         paths.append(figures.mixing([found.summary["threshold"]], title, folder / "mixing.png"))
-    if tuple(parts.data.shape) == (2,):
+    if tuple(parts.data.shape) == (2,) and (not parts.sde.still or "log_density" in model.provides):
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths
