@@ -17,6 +17,7 @@ from scoresde_cli.likelihood import Flow
 from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.metrics.base import Metric, compare
 from scoresde_cli.metrics.c2st import C2ST
+from scoresde_cli.metrics.classifier import Classifier
 from scoresde_cli.metrics.columns import Columns
 from scoresde_cli.metrics.energy import EnergyDistance
 from scoresde_cli.metrics.frechet import FrechetPCA
@@ -45,7 +46,7 @@ OF_SAMPLES: dict[str, type[Metric]] = {
     "sliced_wasserstein": SlicedWasserstein, "whitened_sliced_wasserstein": WhitenedSlicedWasserstein, "wasserstein": Wasserstein,
     "energy_distance": EnergyDistance, "mmd": MMD, "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights,
     "columns": Columns, "tails": Tails, "radial_tails": RadialTails,
-    "frechet_pca": FrechetPCA, "fid": FID, "kid": KID,
+    "frechet_pca": FrechetPCA, "classifier": Classifier, "fid": FID, "kid": KID,
 }  # fmt: skip
 OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "nll")
 EXTRA = ("fid", "kid")  # they need more than is installed
@@ -180,11 +181,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, and on what: samples, where any were drawn, and the held-out rows beside them (m, *D)."""
+    """What was measured, and on what: samples, where any were drawn, and the held-out rows beside them (m, *D).
+
+    `of_classes` (classes, k, *D) are samples drawn for each class, where the model is given labels and `classifier` is asked for.
+    """
 
     summary: Summary
     samples: Samples | None
     reference: Tensor
+    of_classes: Tensor | None = None
 
 
 def evaluate(
@@ -229,13 +234,28 @@ def evaluate(
         for entry in found.values():
             entry["protocol"] |= sampler.protocol() | common | of
         summary |= found
+    of_classes = None
+    if "classifier" in metrics and data.classes:
+        count = max(8, n // len(data.classes))
+        where: Any = {"device": parts.device, "dtype": parts.dtype}
+        drawn_for = [
+            sampler.sample(model.labelled(torch.tensor([k])), parts.sde, data.shape, count, seed, **where)
+            for k in range(len(data.classes))
+        ]
+        of_classes = torch.stack([each.x.float().cpu() for each in drawn_for])
+        judge = next(metric for metric in of_samples if isinstance(metric, Classifier))
+        asked = torch.arange(len(data.classes)).repeat_interleave(count)
+        if torch.isfinite(of_classes).all():
+            entry = judge.label_accuracy(of_classes.flatten(0, 1), asked, seed)
+            entry["protocol"] |= sampler.protocol() | common | {"nfe": drawn_for[0].nfe}
+            summary["label_accuracy"] = entry
     if "sliced_wasserstein" in summary:
         gaussian = parts.baseline.moments.sample(len(drawn), generator(seed, "gaussian")).float()
         value = sliced_wasserstein(gaussian, reference.flatten(1))
         summary["sliced_wasserstein_baseline"] = plain(
             value, "model units", n=len(drawn), of="a Gaussian with the data's moments"
         )
-    return Evaluation(summary, samples, reference)
+    return Evaluation(summary, samples, reference, of_classes)
 
 
 def fingerprint(data: Dataset) -> str:

@@ -89,7 +89,7 @@ def mixing(entries: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
 
 
 def noises(row: dict[str, Any]) -> np.ndarray:
-    """(3, levels): E|g + w delta|^2 for w = 0 (DSM), w = 1 (SSM) and the w of an estimate, up to one factor a level."""
+    """(3, levels): E|g + w delta|^2 for w = 0 (DSM), w = 1 (SSM) and the w of an estimate, up to one factor."""
     plain, cross, square, w = (np.array(row[name]) for name in ("plain", "cross", "square", "w"))
     return np.stack([plain - 2.0 * v * cross + v**2 * square for v in (np.zeros_like(w), np.ones_like(w), w)])
 
@@ -147,14 +147,15 @@ def marginals(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: 
         return finish(figure, path)
 
 
-def tiles(images: np.ndarray, side: int, low: float, high: float) -> np.ndarray:
-    """Images (n, C, H, W) as one picture in [0, 1] of side x side tiles with lines of half grey between them, (., ., C)."""
-    count, (channels, height, width) = side * side, images.shape[1:]
+def tiles(images: np.ndarray, side: int, low: float, high: float, down: int | None = None) -> np.ndarray:
+    """Images (n, C, H, W) as one picture in [0, 1] of `down` (side) x side tiles, lines of half grey between them, (., ., C)."""
+    down = down or side
+    count, (channels, height, width) = down * side, images.shape[1:]
     grey = np.clip((images[:count] - low) / (high - low), 0, 1)
     framed = np.full((count, channels, height + 1, width + 1), 0.5)
     framed[: len(grey), :, 1:, 1:] = grey
-    rows = framed.reshape(side, side, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
-    return rows.reshape(side * (height + 1), side * (width + 1), channels)
+    rows = framed.reshape(down, side, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
+    return rows.reshape(down * (height + 1), side * (width + 1), channels)
 
 
 def grey_ends(data: Dataset) -> tuple[float, float]:
@@ -246,6 +247,20 @@ def image_grids(a: np.ndarray, b: np.ndarray, title: str, path: Path, side: int 
             panel.set_title(name, fontsize=9)
             panel.axis("off")
         figure.suptitle(title, fontsize=8)
+        return finish(figure, path)
+
+
+def class_grid(data: Dataset, of_classes: Tensor, title: str, path: Path, across: int = 10) -> Path:
+    """Samples (classes, k, *D) drawn for each class, in model coordinates, one row of images a class, on the data's grey scale."""
+    u = of_classes[:, :across].contiguous()
+    rows, columns = u.shape[:2]
+    grid = tiles(data.units.to_user(u.flatten(0, 1)).numpy(), columns, *grey_ends(data), down=rows)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(5, 0.5 + 4.5 * rows / columns))
+        axes.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+        axes.set_yticks((np.arange(rows) + 0.5) * grid.shape[0] / rows, data.classes, fontsize=8)
+        axes.set_xticks([])
+        axes.set_title(title, fontsize=8)
         return finish(figure, path)
 
 

@@ -118,6 +118,11 @@ WRONG = [
     wrong("train", "los=ssm", says="did you mean 'loss'"),
     wrong("train", "loss=smm", says="did you mean 'ssm'"),
     wrong("train", "data=eight_gausians", says="eight_gaussians"),
+    wrong("train", "data=digits", "network=unet", "parameterisation.covariance=full", says="take auto or isotropic"),
+    wrong("train", "data=digits", "network=unet", "network.attention=[3]", says="expected some of [8, 4, 2]"),
+    wrong("train", "data=digits", "network=unet", "network.multipliers=[]", says="one number a level"),
+    wrong("train", "data=digits", "network=unet", "network.size=large", says="small"),
+    wrong("train", "batch_size=256", "accumulate=3", says="a divisor of batch_size=256"),
     wrong("train", "sde=vpp", says="did you mean 'vp'"),
     wrong("train", "sde=correlated", "sde.sigma=ar2", says="did you mean 'ar1'"),
     wrong("train", "sde=correlated", "sde.rho=1", says="less than 1"),
@@ -249,6 +254,7 @@ WRONG = [
     wrong("list", "lossses", says="did you mean 'loss'"),
     wrong("list", "loss", "sde", says="expected one group"),
     wrong("doctor", "now", says="no arguments"),
+    wrong("batch", "n_proj=1,2", says="no `train` among"),
 ]
 
 

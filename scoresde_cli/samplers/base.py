@@ -10,7 +10,7 @@ it is the walk in x with W z as noise and W W^T in front of the score. What is c
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from scoresde_cli import processes
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.rng import generator, normal
@@ -178,9 +179,9 @@ class Sampler(ABC):
     def blocks(
         self, model: FieldModel, sde: SDE, shape: tuple[int, ...], n: int, seed: int, *,
         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, known: Known | None = None,
-        watch: Watch | None = None,
+        watch: Watch | None = None, which: Iterable[int] | None = None,
     ) -> Iterator[Samples]:  # fmt: skip
-        """The n samples block by block, each computed when it is asked for. Arguments as for `sample`."""
+        """The n samples block by block, each computed when it is asked for; of some blocks alone. Arguments as for `sample`."""
         if (self.known is None) != (known is None):
             raise ScoreSDEError(
                 "sampler.known is for `scoresde sample`: there is no other place where samples are given values"
@@ -195,7 +196,7 @@ class Sampler(ABC):
             model = Clipped(model, white)
         times = self.times(sde).to(device=device, dtype=dtype)
         rows = block_rows(torch.Size(shape).numel())
-        for block in range(-(-n // rows)):
+        for block in range(-(-n // rows)) if which is None else which:
             walk = Walk(model, sde, generator(seed, "sample", block, device=device))
             x = self.walk_down(walk, times, (rows, *shape), dtype, block, known, watch, white)
             yield Samples(x[: n - block * rows], walk.nfe)
@@ -252,11 +253,17 @@ class Sampler(ABC):
 
         Raises ScoreSDEError where the model or the process lacks what the sampler needs.
         """
-        parts, done, nfe = [], 0, 0.0
-        for block in self.blocks(model, sde, shape, n, seed, device=device, dtype=dtype, known=known, watch=watch):
-            parts.append(block.x)
-            done += len(block.x)
-            nfe += block.nfe * len(block.x)
+        done, count = 0, -(-n // block_rows(torch.Size(shape).numel()))
+
+        def block(i: int) -> tuple[Tensor, float]:
+            nonlocal done
+            (found,) = self.blocks(
+                model, sde, shape, n, seed, device=device, dtype=dtype, known=known, watch=watch, which=[i]
+            )
+            done += len(found.x) * processes.size()
             if progress is not None:
-                progress(done)
-        return Samples(torch.cat(parts), nfe / done)
+                progress(min(done, n))
+            return found.x, found.nfe * len(found.x)
+
+        parts, nfe = zip(*processes.shared(count, block), strict=True)
+        return Samples(torch.cat(parts).to(device), sum(nfe) / n)
