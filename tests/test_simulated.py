@@ -172,20 +172,20 @@ def test_forward_and_back_under_noise_that_depends_on_x_the_stationary_law_stays
     """Forward paths and the reverse SDE keep N(0, I), div Sigma included; without it the reverse SDE does not."""
     train = normal((10_000, 2), generator(0, "n"))
     sde = custom(Balanced(), Bend(), train)
-    x = sde.sample_prior((20_000, 2), generator(1, "p"), F64)
-    assert kstest(x[:, 0].numpy(), "norm").statistic < 1.95 / 10_000**0.5 + 0.02  # of the 10,000 rows that it starts from
-    model, t = StationaryScore(sde), torch.full((20_000,), 0.5, dtype=F64)
-    assert float(sde.velocity(train[:50].double(), t[:50], -train[:50].double()).abs().max()) < 1e-9
-    sampler = EulerMaruyama(steps=200, grid="uniform", denoise=False)
-    back = sampler.sample(model, sde, (2,), 8192, 0, dtype=F64).x
-    assert kstest(back[:, 0].numpy(), "norm").statistic < 1.95 / 8192**0.5 + 0.02
+    x = sde.sample_prior((10_000, 2), generator(1, "p"), F64)
+    assert kstest(x[:, 0].numpy(), "norm").statistic < 1.95 / 5000**0.5 + 0.02  # and of the 10,000 rows that it starts from
+    model, t = StationaryScore(sde), torch.full((50,), 0.5, dtype=F64)
+    assert float(sde.velocity(train[:50].double(), t, -train[:50].double()).abs().max()) < 1e-9
+    sampler = EulerMaruyama(steps=120, grid="uniform", denoise=False)
+    back = sampler.sample(model, sde, (2,), 4096, 0, dtype=F64).x
+    assert kstest(back[:, 0].numpy(), "norm").statistic < 1.95 / 4096**0.5 + 0.02
 
     class Forgetful(Custom):
         def div_sigma(self, x, t):
             return torch.zeros_like(x)
 
     wrong = Forgetful(Balanced(), Bend(), shape=(2,), train=train)
-    back = sampler.sample(StationaryScore(wrong), wrong, (2,), 8192, 0, dtype=F64).x
+    back = sampler.sample(StationaryScore(wrong), wrong, (2,), 1024, 0, dtype=F64).x
     assert kstest(back[:, 0].numpy(), "norm").statistic > 0.1
 
 
