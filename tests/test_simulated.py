@@ -215,6 +215,14 @@ def test_the_way_back_does_not_leave_for_infinity():
     far, t = torch.full((1, 2), 50.0), torch.ones(1)
     assert float(SDE.velocity(sde, far, t, torch.zeros(1, 2)).abs().max()) > 1e5
     assert float(sde.velocity(far, t, torch.zeros(1, 2)).abs().max()) < 1e3
+
+    class Blind(StationaryScore):
+        def fields(self, x, t, names):
+            known = {"velocity": lambda: self.sde.velocity(x, t, 0.0 * x), "x0": lambda: x}
+            return {name: known[name]() for name in names}
+
+    x = HeunODE(steps=30).sample(Blind(sde), sde, (2,), 200, 0).x
+    assert torch.equal(sde.within(x), x)
     inside = ROWS[:5]
     assert torch.allclose(sde.velocity(inside, torch.ones(5), inside), SDE.velocity(sde, inside, torch.ones(5), inside))
 

@@ -217,7 +217,7 @@ class Sampler(ABC):
                 watch(block, float(t), out(x))
             t, s = t.expand(len(x)), s.expand(len(x))
             if pinned is None or kernel is None:
-                x = self.step(walk, x, t, s)
+                x = walk.sde.within(self.step(walk, x, t, s))
                 continue
             if i == 0:
                 x = impose(x, *pinned, kernel, t, walk.source)

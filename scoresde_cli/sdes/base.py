@@ -217,6 +217,10 @@ class SDE(ABC):
         """The log-density of `sample_prior` at x (B, *D), nats, shape (B,)."""
         raise NotImplementedError(f"{type(self).__name__} does not know the density of its prior")
 
+    def within(self, x: Tensor) -> Tensor:
+        """The nearest point to x (B, *D) where the process has been seen: where samplers keep to after a step."""
+        return x
+
     def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor, flux: Tensor | None = None) -> Tensor:
         """Drift of the time reversal, f - Sigma score - div Sigma, shape (B, *D) (Anderson 1982); with jumps and their flux, of
         the SDE without jumps that has the same marginals."""

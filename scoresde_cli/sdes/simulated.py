@@ -12,8 +12,8 @@ paths out; the change is of order h^3.
     its density mean of the last step's Gaussian over simulated paths (Pedersen, Scand. J. Stat. 22, 1995), for d <= 3
 
 With noise that depends on x, div Sigma enters the reversal by automatic differentiation. On the way back, coefficients are those of
-the nearest point in the box that the simulated paths stayed in: nothing is known of the score beyond it, and a nonlinear drift
-that is followed backwards there, without the score that goes with it, can leave for infinity in finite time.
+the nearest point in the box that the simulated paths stayed in, and samplers do not leave it: nothing is known of the score beyond,
+and a nonlinear drift that is followed backwards there, without the score that goes with it, leaves for infinity in finite time.
 """
 
 import math
