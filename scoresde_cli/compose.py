@@ -90,7 +90,6 @@ class Settings:
     steps: PositiveInt
     max_seconds: PositiveFloat | None
     batch_size: PositiveInt
-    accumulate: PositiveInt
     seed: NonNegativeInt
     t_min: Annotated[float, Field(gt=0, lt=1)]
     times: Times
@@ -105,6 +104,7 @@ class Settings:
     divergence: dict[str, Any]
     checkpoint: dict[str, Any]
     eval: dict[str, Any]
+    accumulate: PositiveInt = 1
     objective: str | None = None
     dir: PathText | None = None
     resume: PathText | None = None

@@ -179,6 +179,19 @@ def picture(data: Dataset, u: np.ndarray, path: Path) -> Path:
         return finish(figure, path)
 
 
+def inpainting(data: Dataset, u: np.ndarray, given: np.ndarray, path: Path, across: int = 10) -> Path:
+    """A row for each given image (m, C, H, W), its gaps (nan) in half grey, and samples given it: sample i is of row i modulo m."""
+    low, high = grey_ends(data)
+    rows = min(len(given), len(u), 24)
+    drawn = min(across, len(u) // len(given) or 1)
+    completed = u[: drawn * len(given)].reshape(-1, len(given), *u.shape[1:])[:, :rows] if len(u) >= len(given) else u[None]
+    shown = np.concatenate([np.nan_to_num(given[None, :rows], nan=0.5 * (low + high)), completed])
+    images = shown.swapaxes(0, 1).reshape(-1, *u.shape[1:])
+    grid = np.kron(tiles(images, len(shown), low, high, down=rows), np.ones((4, 4, 1)))
+    plt.imsave(path, grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+    return path
+
+
 def frame_painter(data: Dataset, path: np.ndarray) -> Callable[[Any, np.ndarray], None]:
     """Draws one frame (m, *D) of a path (frames, m, *D), in the user's units, into axes whose limits are the data's."""
     if data.kind == "image":

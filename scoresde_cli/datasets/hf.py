@@ -64,7 +64,8 @@ class HF(Images):
         check_sizes(Counter(p.size[::-1] if t else p.size for p, t in zip(pictures, turned, strict=True)), path, size, fit)
         grey = channels == 1 if channels is not None else all(picture.mode in GREY for picture in pictures)
         u = torch.from_numpy(np.stack([levels_of(picture, grey, size, fit) for picture in pictures]))
-        codes, classes = None, []
+        codes: torch.Tensor | None = None
+        classes: list[str] = []
         if label is not None:
             codes, names = class_codes(np.array(rows[label][:]), path)
             known = getattr(rows.features[label], "names", None)
