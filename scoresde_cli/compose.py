@@ -18,6 +18,7 @@ from scoresde_cli.checks import check_call
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
 from scoresde_cli.fields import FieldModel
+from scoresde_cli.keys import CheckpointKeys, DivergenceKeys, EvalKeys, NLLKeys
 from scoresde_cli.losses.base import Loss, Times
 from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.ssm import SSM
@@ -33,6 +34,7 @@ from scoresde_cli.training.directions import Directions
 from scoresde_cli.training.loop import Chooser, Plan
 from scoresde_cli.training.mixing import Mixer
 from scoresde_cli.training.optimizer import Adam
+from scoresde_cli.training.paths import pool
 
 PathText = Annotated[str, Field(min_length=1)]
 Precision = Literal["fp32", "fp64", "bf16"]
@@ -44,42 +46,6 @@ BASES: dict[str, type] = {
 }  # fmt: skip
 ALL_THREADS = torch.get_num_threads()  # before any run of this process changes it
 PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "optimizer", "sampler", "tracker")
-
-
-@dataclass(frozen=True)
-class CheckpointKeys:
-    """The keys under `checkpoint`."""
-
-    every: PositiveInt
-    keep: PositiveInt
-
-
-@dataclass(frozen=True)
-class EvalKeys:
-    """The keys under `eval`."""
-
-    n: Annotated[int, Field(ge=20, le=10_000_000)]
-    metrics: list[str] | None
-    figures: bool
-    nll: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class NLLKeys:
-    """The keys under `eval.nll`."""
-
-    rows: Annotated[int, Field(ge=10, le=1_000_000)] = 2000
-    steps: PositiveInt = 50
-
-
-@dataclass(frozen=True)
-class DivergenceKeys:
-    """The keys under `divergence`."""
-
-    chunk: PositiveInt | Literal["auto"] | None
-    tangent_cost: PositiveFloat | Literal["auto"] = "auto"
-    exact_cost: PositiveFloat | Literal["auto"] = "auto"
-    cost_seconds: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,11 +105,12 @@ class Parts:
         def resident(split: str) -> torch.Tensor:
             return self.data.splits[split].to(device=self.device, dtype=self.dtype)
 
+        train = resident("train")
         return Plan(
-            self.model, self.field, self.sde, self.loss, self.optimizer, resident("train"), resident("valid"), self.baseline,
+            self.model, self.field, self.sde, self.loss, self.optimizer, train, resident("valid"), self.baseline,
             s.seed, s.steps, s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
             None if self.data.labels is None else self.data.labels["train"].to(self.device), s.label_dropout, self.chooser(),
-            s.accumulate,
+            s.accumulate, pool(self.sde, self.loss, train, s.seed),
         )  # fmt: skip
 
     def chooser(self) -> Chooser | None:
@@ -319,8 +286,10 @@ def build_loss(node: Mapping[str, Any], keys: Settings) -> Loss:
 def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
     """Refuse parts that do not fit together, naming what would."""
     if loss.needs_kernel and sde.kernel() is None:
+        why = "has no noise to remove" if sde.still else "is known by its paths alone"
         raise ScoreSDEError(
-            f"loss={loss.name} needs a closed-form kernel, which sde {type(sde).__name__} has not; ism, ssm and ssm_vr work"
+            f"loss={loss.name} needs the law of x_t given x_0 in closed form, and {type(sde).__name__} {why}; "
+            "ism, ssm and ssm_vr work"
         )
     if isinstance(loss, DSMCV) and not model.kernel.scalar:
         raise ScoreSDEError(
@@ -375,6 +344,8 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
     model.bounds = data.bounds
     match(sde, loss, sampler, model)
+    if sde.still:
+        loss.weighting = "one"  # there is one time
     if keys.precision == "bf16" and loss.tangents(2) > 0 and not loss.second_order:
         raise ScoreSDEError(
             f"precision=bf16 with loss={loss.name}: differences of two scores have no digit left; take fp32, or ssm"

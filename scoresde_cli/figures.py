@@ -327,21 +327,25 @@ def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path
         return u, v, torch.from_numpy(np.stack([u.ravel(), v.ravel()], axis=1)).to(like)
 
     u, v, points = mesh(side)
-    flow = likelihood.Flow(steps=20)
-    log = likelihood.log_prob(model, model.sde, points, t_min, flow).value.cpu().numpy().reshape(side, side)
+    still, t_field = model.sde.still, 0.05 * model.sde.T
+    if still:  # an energy network: up to a constant
+        found = model.log_density(points, torch.full((len(points),), t_min).to(like))
+    else:
+        found = likelihood.log_prob(model, model.sde, points, t_min, likelihood.Flow(steps=20)).value
+    log = found.cpu().numpy().reshape(side, side)
     top = float(np.nanmax(log))
     a, b, coarse = mesh(22)
-    t_field = 0.05 * model.sde.T
     score = model.score(coarse, torch.full((len(coarse),), t_field).to(like)).cpu().double().numpy()
     length = np.linalg.norm(score, axis=1, keepdims=True)
     arrows = score / np.maximum(length, 1e-9) * np.minimum(length / np.quantile(length, 0.6), 1.0)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.6), sharex=True, sharey=True)
         shown = axes[0].contourf(u, v, np.maximum(log, top - 9), levels=np.linspace(top - 9, top, 19), cmap="magma")
-        figure.colorbar(shown, ax=axes[0], label="log p, nats")
-        axes[0].set_title(f"learnt log-density, t = {t_min:g} (black: 9 below the top)", fontsize=9)
+        figure.colorbar(shown, ax=axes[0], label="log p, up to a constant" if still else "log p, nats")
+        at, when = ("", "") if still else (f", t = {t_min:g}", f", t = {t_field:g}")
+        axes[0].set_title(f"learnt log-density{at} (black: 9 below the top)", fontsize=9)
         axes[1].scatter(*x[:3000].T.numpy(), s=1, alpha=0.25, color=DATA, lw=0)
         axes[1].quiver(a, b, arrows[:, 0], arrows[:, 1], color=MODEL, scale=26, width=0.004)
-        axes[1].set_title(f"learnt score, t = {t_field:g} (long arrows cut)", fontsize=9)
+        axes[1].set_title(f"learnt score{when} (long arrows cut)", fontsize=9)
         figure.suptitle(title, fontsize=8)
         return finish(figure, path)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from scoresde_cli import divergence
+from scoresde_cli import divergence, processes
 from scoresde_cli.compose import ALL_THREADS, Parts
 from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.fields import FieldModel
@@ -28,7 +28,7 @@ from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.tracking import console
-from scoresde_cli.training import directions
+from scoresde_cli.training import directions, rows
 
 # Seen on two CPU cores, perceptrons of 0.05 to 5 million weights: 7 to 30 s to compile forward and backward, and a step
 # that is 0 to 30 percent shorter. `auto` compiles where a gain of GAIN would repay the wait, and keeps what is faster.
@@ -62,10 +62,27 @@ def settle(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, 
     return dataclasses.replace(parts, field=field, settings=kept), {**config, **found}
 
 
+def settle_together(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, dict[str, Any]]:
+    """`settle` for this process's part of a batch: the first one measures, alone on the machine, and the others take what it finds.
+
+    The parts are then those of the whole batch.
+    """
+    rows.check(parts.model.network, parts.settings.batch_size, parts.settings.accumulate)
+    if processes.size() == 1:
+        return settle(parts, config, done)
+    part = parts.settings.batch_size // processes.size()
+    mine = dataclasses.replace(parts, settings=dataclasses.replace(parts.settings, batch_size=part))
+    with processes.alone():
+        mine, config = settle(mine, config, done)
+    whole = dataclasses.replace(mine.settings, batch_size=parts.settings.batch_size)
+    return dataclasses.replace(mine, settings=whole), config
+
+
 def pick_threads(parts: Parts) -> int:
     """One thread for a step of under 1 GFlop, where a second one gains little and loses much on a busy machine."""
     passes = 1 + parts.loss.tangents(parts.d)
-    return 1 if 3 * work(parts) * parts.settings.batch_size * passes < 1e9 else ALL_THREADS
+    small = 3 * work(parts) * parts.settings.batch_size * passes < 1e9
+    return 1 if small else max(1, ALL_THREADS // processes.local_size())
 
 
 def work(parts: Parts) -> float:
@@ -97,8 +114,8 @@ def say_how_long(parts: Parts, field: FieldModel, done: int) -> None:
 
 def batch(parts: Parts) -> Tensor:
     """Training rows enough for one step (one part of it with `accumulate`), on the device."""
-    rows = torch.arange(parts.settings.batch_size // parts.settings.accumulate) % len(parts.data.splits["train"])
-    return parts.data.splits["train"][rows].to(device=parts.device, dtype=parts.dtype)
+    picked = torch.arange(parts.settings.batch_size // parts.settings.accumulate) % len(parts.data.splits["train"])
+    return parts.data.splits["train"][picked].to(device=parts.device, dtype=parts.dtype)
 
 
 def available_memory(device: torch.device) -> int:

@@ -131,6 +131,15 @@ WRONG = [
     wrong("train", "sde=correlated", "sde.sigma=dense", says="sde.file is missing"),
     wrong("train", "sde=correlated", "sde.drift=isotropc", says="did you mean 'isotropic'"),
     wrong("train", "sde=correlated", "sde.shape=[2]", says="unknown key sde.shape"),
+    wrong("train", "sde=static", says="sampler=langevin works"),
+    wrong("train", "sde=static", "sampler=langevin", "loss=dsm", says="has no noise to remove; ism, ssm and ssm_vr work"),
+    wrong("train", "sde=static", "sampler=langevin", "eval.metrics=[nll]", says="nothing flows"),
+    wrong("train", "sde=double_well", says="heun_ode, euler_ode, dopri5 and euler_maruyama work"),
+    wrong("train", "sde=double_well", "loss=dsm", "sampler=heun_ode", says="ism, ssm and ssm_vr work"),
+    wrong("train", "sde=double_well", "loss=dsm_cv", "sampler=heun_ode", says="ism, ssm and ssm_vr work"),
+    wrong("train", "sde=custom", says="sde.drift is missing"),
+    wrong("train", "sde=custom", "sde.drift=2", says="a class of your own with __call__"),
+    wrong("train", "sde=custom", "sde.drift._target_=nowhere.Pull", says="no module named 'nowhere'"),
     wrong("train", "network=cnn", says="mlp"),
     wrong("train", "projection=rademaker", says="rademacher"),
     wrong("train", "sampler=heun", says="heun_ode"),
@@ -245,6 +254,7 @@ WRONG = [
     wrong("list", "lossses", says="did you mean 'loss'"),
     wrong("list", "loss", "sde", says="expected one group"),
     wrong("doctor", "now", says="no arguments"),
+    wrong("batch", "n_proj=1,2", says="no `train` among"),
 ]
 
 

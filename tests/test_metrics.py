@@ -35,6 +35,7 @@ from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from scoresde_cli.metrics.tails import Tails, hill
 from scoresde_cli.metrics.wasserstein import Wasserstein
+from scoresde_cli.metrics.whitened import WhitenedSlicedWasserstein
 from scoresde_cli.networks.model import ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.rng import generator, normal, uniform
@@ -515,7 +516,8 @@ def test_inception_without_its_packages_says_what_to_install(monkeypatch):
 
 # Rows at which thousands of evaluations are affordable; a quick classifier in place of the judges' vote.
 CHECKED = [
-    (SlicedWasserstein(FLAT), 100), (EnergyDistance(FLAT), 100), (Wasserstein(FLAT), 60), (MMD(FLAT), 100),
+    (SlicedWasserstein(FLAT), 100), (WhitenedSlicedWasserstein(FLAT), 100), (EnergyDistance(FLAT), 100),
+    (Wasserstein(FLAT), 60), (MMD(FLAT), 100),
     (C2ST(FLAT, GaussianNB()), 60), (PRDC(FLAT), 100), (ModeWeights(FLAT), 100), (Columns(FLAT), 100),
     (Tails(FLAT), 1000), (FrechetPCA(PICTURES), 100), (Classifier(BLOBS), 200),
     (FID(PICTURES, TINY), 50), (KID(PICTURES, TINY), 50),

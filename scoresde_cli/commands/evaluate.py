@@ -87,7 +87,7 @@ def measure(folder: RunDir, keys: dict[str, Any], chosen: dict[str, Any] | None,
     if (parts.data.shape, parts.data.columns) != (run.shape, run.columns):
         raise Unreadable(f"run={run.path}: the data has changed shape or columns since the run was trained")
     asked = [keys["metrics"]] if isinstance(keys["metrics"], str) else keys["metrics"]
-    metrics = evaluation.pick_metrics(asked, parts.data)
+    metrics = evaluation.pick_metrics(asked, parts.data, parts.sde)
     if flow.projection is not None and "nll" in metrics:
         check_law(flow.projection, parts.data.shape, flow.n_proj, 256, parts.dtype, type(flow.projection).__name__)
     sampler = pick_sampler(run, chosen, keys["t_min"])

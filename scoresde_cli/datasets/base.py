@@ -163,7 +163,7 @@ class SampledMixture(Sampled):
     def oracle(self, sde: SDE) -> Oracle | None:
         if isinstance(sde, JumpDiffusion):
             return JumpOracle(self.law, sde) if covers(self.law, sde) else None
-        return Oracle(self.law, sde)
+        return Oracle(self.law, sde) if sde.still or sde.kernel() is not None else None
 
 
 def label_name(value: object) -> str:

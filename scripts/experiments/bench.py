@@ -10,6 +10,7 @@ median is given with its quartiles. The areas:
     trace    loss=ism and its gradient against one reverse pass a dimension
     loop     what `scoresde train` does in a step (averaging, logging, W&B offline, validation, checkpoints) against the bare step
     sample   the sampling loop: blocks, one large batch, compiled
+    noise    sampling with correlated noise in 4096 dimensions against isotropic noise
     startup  the command line against `import torch`
     memory   peak memory of a step above what stood before it, against the published algorithm
 
@@ -42,11 +43,14 @@ from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.networks.mlp import MLP
-from scoresde_cli.networks.model import ScoreModel, fit_gaussian
+from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.networks.unet import UNet
 from scoresde_cli.projections import Rademacher
 from scoresde_cli.rng import generator, normal
+from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
+from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.correlated import Correlated
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.training import loop
 from scoresde_cli.training.compiled import Compiled
@@ -352,6 +356,22 @@ def sample_area(options) -> list[Row]:
     return rows
 
 
+def noise_area(options) -> list[Row]:
+    """What correlated noise costs in d = 4096: sampling with the Gaussian part alone, so that nothing else takes time."""
+    d, steps = (256, 2) if options.small else (4096, 20)
+
+    def draw(sde: SDE) -> Callable[[], object]:
+        gaussian = Gaussian(torch.zeros(d).double(), torch.ones(d).double(), None)
+        model, sampler = ScoreModel(Zero(), sde, Residual("isotropic"), gaussian).float(), EulerMaruyama(steps=steps)
+        return lambda: sampler.sample(model, sde, (d,), 256, 0)
+
+    kinds: dict[str, dict] = {"equi": {"rho": 0.9}, "low_rank": {"rank": 8}, "circulant": {}, "ar1": {"rho": 0.9}}
+    contenders = {"isotropic (vp)": draw(VP())}
+    contenders |= {kind: draw(Correlated(kind, **keys, shape=(d,))) for kind, keys in kinds.items()}
+    times = in_turns(contenders, options.repeats, 0.0)
+    return rows_of("noise", f"d={d}, 256 samples, {steps} Euler-Maruyama steps, no network", times)
+
+
 def startup_area(options) -> list[Row]:
     commands = {
         "import torch": [sys.executable, "-c", "import torch"],
@@ -408,7 +428,8 @@ def memory_area(options) -> list[Row]:
 
 
 AREAS = {
-    "step": step_area, "image": image_area, "trace": trace_area, "loop": loop_area, "sample": sample_area, "startup": startup_area,
+    "step": step_area, "image": image_area, "trace": trace_area, "loop": loop_area, "sample": sample_area, "noise": noise_area,
+    "startup": startup_area,
     "memory": memory_area,
 }  # fmt: skip
 
