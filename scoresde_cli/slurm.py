@@ -38,15 +38,8 @@ EVERY, SETTLE, ASK = 0.5, 15.0, 5.0  # seconds: between looks at files, for a fi
 TIMES = 2
 FOR_GOOD = ("CANCELLED", "OUT_OF_MEMORY", "DEADLINE")  # to do it again would be against somebody's will, or in vain
 TAIL = 5  # lines of a lost job's log that are shown
-STUCK = (
-    "JobHeld",
-    "launch_failed_requeued_held",
-    "BadConstraints",
-    "PartitionTimeLimit",
-    "PartitionNodeLimit",
-    "QOS",
-    "Assoc",
-)
+LAUNCH = "launch failed requeued held"  # after a node that could not start it
+STUCK = (LAUNCH, "JobHeld", "BadConstraints", "PartitionTimeLimit", "PartitionNodeLimit", "QOS", "Assoc")
 
 
 @dataclass(frozen=True)
@@ -228,12 +221,16 @@ def wait(jobs: Sequence[Submitted], root: Path, again: Callable[[Job], list[Subm
 
 
 def tell(one: Submitted, name: str, state: str, reason: str) -> None:
-    """Say once of a job that Slurm will not start by itself why not."""
-    if state == "PENDING" and not one.told and reason.startswith(STUCK):
-        one.told = True
-        console.warn(
-            f"{one.job.folder.name}: Slurm holds job {one.id} ({reason}); `scontrol release {one.id}` or scancel"
-        )
+    """Say once of a job that Slurm will not start by itself why not; let go of one that is held because of the node it was on."""
+    reason = reason.replace("_", " ")
+    if state != "PENDING" or one.told or not reason.startswith(STUCK):
+        return
+    one.told = True
+    where = f"{one.job.folder.name}: Slurm holds job {one.id} ({reason})"
+    if reason == LAUNCH and query("scontrol", "release", one.id) is not None:
+        console.warn(f"{where}; released")
+    else:
+        console.warn(f"{where}; `scontrol release {one.id}` or scancel")
 
 
 def ended(job: str) -> str:
