@@ -21,6 +21,9 @@ FLAGS: dict[str, tuple[str, ...] | None] = {
 }  # fmt: skip
 
 
+OWN = ("sde.drift.", "sde.diffusion.")  # a user's own classes stand below
+
+
 def run(name: str, module: str, arguments: list[str]) -> int:
     """Compose conf/NAME.yaml with the overrides and hand it to `task(config)` of the command's module."""
     flags, overrides = sort_arguments(name, arguments)
@@ -205,7 +208,12 @@ def sort_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str
 
 
 def keys_alone(name: str, overrides: list[str]) -> list[str]:
-    """`sampler.steps=10` of a command that takes the run's own sampler unless one is named: the key changes that one."""
+    """Keys that no config holds yet, with the plus signs that Hydra wants for them.
+
+    `sampler.steps=10` of a command that takes the run's own sampler unless one is named: the key changes that one; and what is said
+    of a user's own classes, `sde.drift._target_=module.Class sde.drift.rate=2`.
+    """
+    overrides = [f"++{o}" if o.startswith(OWN) else o for o in overrides]
     if configs.groups(name).get("sampler", "") is not None or any(o.startswith("sampler=") for o in overrides):
         return overrides
     return [f"++{o}" if o.startswith("sampler.") else o for o in overrides]

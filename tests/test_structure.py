@@ -23,6 +23,7 @@ LEVELS = [
     {"sketching"},
     {"losses", "networks", "datasets"},
     {"training", "samplers", "metrics", "likelihood", "identity", "tracking", "claims"},
+    {"keys"},
     {"compose"},
     {"stored"},
     {"rundir", "advice", "tuning"},

@@ -295,7 +295,7 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     run.update(selected=step)
     console.note(f"training done in {state.seconds:.1f} s; sampling and measuring")
     found = together.measure(parts, model, measured(parts), state.average is not None, step)
-    summary, samples, held_out = found.summary, found.samples, found.reference
+    summary, samples = found.summary, found.samples
     assert samples is not None  # one of the metrics is always of samples
     summary["train_seconds"] = evaluation.plain(
         state.seconds, "s", step=state.step, threads=torch.get_num_threads(), precision=s.precision,
@@ -310,7 +310,7 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         last = evaluation.plain(curve[-1][chooser.name], chooser.unit, step=state.step)
         summary[chooser.name] = last | chooser.facts | {"curve": curve}
     write_samples(run.path / "samples.npz", parts.data, [samples.x], len(samples.x), overwrite=True)
-    figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline, summary) if s.eval["figures"] else []
+    figures = draw(run, parts, model, found, samples.x.cpu(), baseline) if s.eval["figures"] else []
     run.write("summary.json", summary)
     for each in trackers:
         each.summary(summary, figures)
@@ -335,22 +335,23 @@ def measured(parts: Parts) -> list[str]:
     asked = parts.settings.eval["metrics"]
     if asked is None:
         asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data) is None]
-    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data)
+    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data, parts.sde)
 
 
 def draw(
-    run: RunDir, parts: Parts, model: ScoreModel, drawn: torch.Tensor, held_out: torch.Tensor, baseline: float,
-    summary: evaluation.Summary,
+    run: RunDir, parts: Parts, model: ScoreModel, found: evaluation.Evaluation, drawn: torch.Tensor, baseline: float
 ) -> list[Path]:  # fmt: skip
     from scoresde_cli import figures
 
     folder, title = run.path / "figures", f"{parts.loss.convention(parts.d)}, seed {parts.settings.seed}"
     paths = [
-        figures.samples(parts.data, drawn, held_out, title, folder / "samples.png"),
+        figures.samples(parts.data, drawn, found.reference, title, folder / "samples.png"),
         figures.loss_curve(read_rows(run.path / "metrics.jsonl"), baseline, title, folder / "loss.png"),
     ]
-    if "threshold" in summary:
-        paths.append(figures.mixing([summary["threshold"]], title, folder / "mixing.png"))
-    if tuple(parts.data.shape) == (2,):
+    if found.of_classes is not None:
+        paths.append(figures.class_grid(parts.data, found.of_classes, title, folder / "classes.png"))
+    if "threshold" in found.summary:
+        paths.append(figures.mixing([found.summary["threshold"]], title, folder / "mixing.png"))
+    if tuple(parts.data.shape) == (2,) and (not parts.sde.still or "log_density" in model.provides):
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths

@@ -77,9 +77,9 @@ class Loss(ABC):
     def weight(self, sde: SDE, t: Tensor, d: int) -> Tensor:
         """lambda(t), shape (B,)."""
         if self.weighting == "sigma2":
-            kernel = sde.kernel()
-            assert kernel is not None
-            return kernel.sigma(t).square()
+            levels = sde.levels()
+            assert levels is not None
+            return levels.sigma(t).square()
         if self.weighting == "g2":
             return sde.diffusion(t).trace_cov(d) / d
         return torch.ones_like(t)

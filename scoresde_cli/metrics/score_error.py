@@ -14,10 +14,14 @@ from scoresde_cli.sdes.base import SDE
 
 
 def squared_gap(model: FieldModel, exact: FieldModel, sde: SDE, x: Tensor, t: Tensor) -> Tensor:
-    """|L^T (s - s_exact)|^2, (n,), float64, L L^T the covariance of x_t given x_0: sigma^2 |s - s_exact|^2 for isotropic noise."""
+    """|L^T (s - s_exact)|^2, (n,), float64, L L^T the covariance of x_t given x_0: sigma^2 |s - s_exact|^2 for isotropic noise.
+
+    On clean data (SDE.still), |s - s_exact|^2.
+    """
     kernel = sde.kernel()
-    assert kernel is not None
     gap = model.score(x, t).double() - exact.score(x.double(), t)
+    if kernel is None:
+        return gap.square().flatten(1).sum(1)
     if kernel.scalar:
         return gap.square().flatten(1).sum(1) * kernel.sigma(t).double().square()
     return kernel.factor(t.double()).mul_t(gap).square().flatten(1).sum(1)
@@ -74,12 +78,13 @@ def score_error(model: FieldModel, exact: FieldModel, sde: SDE, x0: Tensor, t_mi
     """F = E_t sigma^2 |s - s_exact|^2, summed over coordinates, t uniform on [t_min, T], x0 held-out data (n, *D).
 
     With correlated noise C in place of sigma^2 I: (s - s_exact)^T C (s - s_exact). With the same by time, as `curve`.
+    Of a process that stands still: E|s - s_exact|^2 on the clean data.
     """
     _, errors = squared_errors(model, exact, sde, x0, t_min, seed)
     values = errors.cpu().numpy()
     return {
         "value": float(values.mean()), "ci": bootstrap_mean(values, seed), "floor": 0.0, "floor_high": 0.0,
-        "unit": "sigma^2 |s - s*|^2",
+        "unit": "|s - s*|^2" if sde.still else "sigma^2 |s - s*|^2",
         "protocol": {"n": len(values), "t": [t_min, sde.T], "times": "uniform", "summed_over": "coordinates"},
         "curve": curve(model, exact, sde, x0, t_min, seed),
     }  # fmt: skip

@@ -96,6 +96,7 @@ class Sampler(ABC):
     with_jumps: ClassVar[Set[str]] = frozenset({"flux"})  # what it needs besides, for a process that jumps
     needs_kernel: ClassVar[bool] = False  # and one that is Gaussian
     adaptive: ClassVar[bool] = False  # the number of evaluations is found on the way
+    descends: ClassVar[bool] = True  # goes from T down to t_min
 
     steps: PositiveInt = 20
     grid: grids.Grid = "power"
@@ -139,6 +140,10 @@ class Sampler(ABC):
             raise ScoreSDEError(
                 f"sampler {name} needs {', '.join(sorted(missing))}; the model has {', '.join(sorted(model.provides))}"
             )
+        if sde.still and self.descends:
+            raise ScoreSDEError(
+                f"sampler {name} comes back from noise, of which {type(sde).__name__} has none; sampler=langevin works"
+            )
         special = {"clip": self.clip, "temperature": self.temperature != 1, "known": self.known is not None}
         asked = [f"sampler.{key}" for key, there in special.items() if there]
         white = sde.whitening()
@@ -153,7 +158,7 @@ class Sampler(ABC):
                 f"sampler.temperature needs one noise level for all directions, and with this drift of {type(sde).__name__} each "
                 "forgets at its own rate; sde.drift=isotropic has one"
             )
-        if kernel is not None and not kernel.diagonal and self.needs_kernel:
+        if kernel is not None and not kernel.diagonal and (self.needs_kernel or not self.descends):
             raise ScoreSDEError(
                 f"sampler {name} needs coordinates that forget each by itself, which a matrix as the drift of {type(sde).__name__} "
                 "mixes; sampler=euler_maruyama, euler_ode, heun_ode and dopri5 work"
@@ -161,7 +166,7 @@ class Sampler(ABC):
         if kernel is None and (self.needs_kernel or asked):
             raise ScoreSDEError(
                 f"{asked[0] if asked else f'sampler {name}'} needs a process with a closed-form kernel, which {type(sde).__name__} "
-                "has not; euler_maruyama, euler_ode and heun_ode work"
+                f"has not; {'it works with sde=vp' if asked else sde.remedy}"
             )
         if sde.jumps is not None and (self.needs_kernel or asked):
             raise ScoreSDEError(

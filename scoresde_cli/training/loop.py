@@ -19,6 +19,7 @@ from scoresde_cli.rng import generator, seed_global, uniform
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training import rows
 from scoresde_cli.training.optimizer import Adam
+from scoresde_cli.training.paths import Paths
 from scoresde_cli.training.state import TrainState
 from scoresde_cli.training.stop import StopRequest
 
@@ -50,6 +51,8 @@ class Plan:
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
     chooser: "Chooser | None" = None
+    accumulate: int = 1  # parts of a batch, one after the other, whose mean gradient is the step's
+    paths: Paths | None = None  # where x_t is known by simulation alone
 
 
 class Chooser(Protocol):
@@ -105,23 +108,41 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
 
 
 def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]:
-    """The field, given the batch's labels where there are any, and the batch (batch_size, *D)."""
-    picked = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
+    """The field, given the labels where there are any, and a part of the batch (batch_size / accumulate, *D)."""
+    size = plan.batch_size // plan.accumulate
+    picked = torch.randint(len(plan.train), (size,), generator=source, device=plan.train.device)
+    return take(plan, picked, source)
+
+
+def take(plan: Plan, picked: Tensor, source: torch.Generator) -> tuple[FieldModel, Tensor]:
+    """The field, given the labels of these training rows where there are any, and the rows."""
     field = plan.field
     if plan.labels is not None:
-        hidden = uniform((plan.batch_size,), source) < plan.label_dropout
+        hidden = uniform((len(picked),), source) < plan.label_dropout
         field = field.labelled(torch.where(hidden, -1, plan.labels[picked]))
     return field, plan.train[picked]
 
 
+def batch_losses(plan: Plan, step: int, source: torch.Generator) -> Tensor:
+    """The loss of each sample of a part of a step's batch, (batch_size / accumulate,); of several processes, in this one's rows."""
+    if plan.paths is None:
+        field, x0 = draw_batch(plan, source)
+        return plan.loss(rows.share(field), plan.sde, x0, source)
+    picked, t, noised = plan.paths.draw(step, plan.batch_size // plan.accumulate, source)
+    field, x0 = take(plan, picked, source)
+    return plan.loss.weighted(rows.share(field), plan.sde, x0, noised, t, source)
+
+
 def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
-    """One step in place at a learning rate; the mean loss of the batch, on the device. Of several processes, each does its rows."""
+    """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     seed_global(source, processes.rank())
-    field, x0 = draw_batch(plan, source)
-    part = rows.mean(plan.loss(rows.share(field), plan.sde, x0, source))
-    part.backward()
-    loss = rows.add_up(plan.model.network.parameters(), part)
+    total = torch.zeros((), device=plan.train.device)
+    for _ in range(plan.accumulate):
+        part = rows.mean(batch_losses(plan, state.step, source)) / plan.accumulate
+        part.backward()
+        total += part.detach()
+    loss = rows.add_up(plan.model.network.parameters(), total)
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
         state.update_average(plan.ema)

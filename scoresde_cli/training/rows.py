@@ -77,17 +77,17 @@ def mean(losses: Tensor) -> Tensor:
 
 
 def add_up(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-    """The gradients of the whole batch, in place, and its mean loss."""
-    loss = loss.detach().clone() if processes.size() > 1 else loss.detach()
+    """The gradients of the whole batch and its mean loss, in place."""
     processes.add_up([loss, *(p.grad for p in parameters if p.grad is not None)])
     return loss
 
 
-def check(network: nn.Module, batch_size: int) -> None:
+def check(network: nn.Module, batch_size: int, accumulate: int) -> None:
     """Refuse what several processes cannot do as one."""
     n = processes.size()
-    if batch_size % n:
-        raise ScoreSDEError(f"batch_size={batch_size} with {n} processes: expected a multiple of {n}")
+    if batch_size % (n * accumulate):
+        each = f"{n} times accumulate={accumulate}" if accumulate > 1 else str(n)
+        raise ScoreSDEError(f"batch_size={batch_size} with {n} processes: expected a multiple of {each}")
     mixing = [type(m).__name__ for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if n > 1 and mixing:
         raise ScoreSDEError(
