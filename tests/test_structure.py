@@ -31,7 +31,7 @@ LEVELS = [
     {"writers"},
     {"studies"},
     {"commands"},
-    {"pages", "completion", "hydra_app", "cli"},
+    {"pages", "completion", "hydra_app", "batch", "cli"},
     {"__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
