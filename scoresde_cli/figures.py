@@ -254,7 +254,7 @@ def score_curves(curves: dict[str, dict[str, list[float]]], title: str, path: Pa
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 3.6))
         for (name, curve), colour in zip(curves.items(), (MODEL, "0.35"), strict=False):
-            label = "model" if name == "score_error" else "Gaussian with the data's moments"
+            label = "model" if not name.endswith("_baseline") else "Gaussian with the data's moments"
             axes.plot(curve["t"], curve["value"], color=colour, lw=1.6, marker="o", ms=3, label=label)
             axes.fill_between(curve["t"], curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
         axes.set(xscale="log", yscale="log", xlabel="t", ylabel=r"E $\sigma^2\,|S - S^*|^2$")

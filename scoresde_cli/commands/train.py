@@ -329,8 +329,8 @@ def measured(parts: Parts) -> list[str]:
     """The metrics of the end of the run. Raises ScoreSDEError where one of them means nothing on this data."""
     asked = parts.settings.eval["metrics"]
     if asked is None:
-        asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data) is None]
-    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data)
+        asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data, parts.model) is None]
+    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data, parts.model)
 
 
 def draw(
@@ -346,6 +346,6 @@ def draw(
     ]
     if "threshold" in summary:
         paths.append(figures.mixing([summary["threshold"]], title, folder / "mixing.png"))
-    if tuple(parts.data.shape) == (2,):
+    if tuple(parts.data.shape) == (2,) and {"score", "velocity"} <= model.provides:
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths

@@ -26,6 +26,7 @@ Size = Literal["smoke", "quick", "full"]
 Setting = dict[str, Any]
 METRICS = (
     "score_error",
+    "flux_error",
     "denoising_loss",
     "nll",
     "sliced_wasserstein",
