@@ -135,6 +135,10 @@ class Study(ABC):
     def findings(self, folder: Path, jobs: Sequence[Job], out: Path, metrics: Sequence[str] | None = None) -> Findings:
         """What the jobs in `folder` came to, by these numbers of summary.json, with figures written to `out`."""
 
+    def trains_job(self, name: str) -> bool:
+        """Whether the job of this name is a run of `train`; `measure` does it otherwise."""
+        return self.trains
+
     def done(self, folder: Path) -> bool:
         """Whether the job in this directory is done."""
         return (folder / "run.json").is_file() and status(RunDir(folder)) == "finished"
