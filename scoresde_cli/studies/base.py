@@ -184,7 +184,7 @@ class GridStudy(Study):
             "steps": (f"{steps} steps", [f"steps={steps}", "max_seconds=null"]),
             "seconds": (f"{seconds:g} s", ["steps=10000000", f"max_seconds={seconds}"]),
         }
-        return [known[budget] for budget in self.budgets or known]
+        return [known[budget] for budget in self.of_size("budgets") or known]
 
     def jobs(self, config: Mapping[str, Any], overrides: Sequence[str], own: Callable[[], int]) -> list[Job]:
         found = []
