@@ -201,7 +201,7 @@ def evaluate(
             summary |= losses(parts, model, averaged, step, seed, name)
     x_test, truth = held_out(parts), data.oracle(parts.sde)
     for field in ("score", "flux"):
-        if f"{field}_error" in metrics and truth is not None:
+        if f"{field}_error" in metrics and truth is not None and field in model.provides & truth.provides:
             for suffix, candidate in (("", model), ("_baseline", parts.baseline)):
                 summary[f"{field}_error{suffix}"] = score_error(
                     candidate, truth, parts.sde, x_test[:20_000], parts.settings.t_min, seed, field

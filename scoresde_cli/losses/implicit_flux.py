@@ -1,4 +1,4 @@
-"""The implicit loss of the flux: the jumps' analogue of implicit score matching. It needs samples of x_t and of the amplitude alone.
+"""The implicit loss of the flux: the jumps' analogue of implicit score matching. It needs samples of x_t and amplitudes alone.
 
     E|v(X_t)|^2 - 2 lambda E[ A . v(X_t + theta A) ],     theta ~ U(0, 1), A ~ nu
 

@@ -1,6 +1,6 @@
 """The density ratio of the true time reversal, by a classifier: p(x - y) / p(x) is what reverse jumps go by.
 
-A classifier of pairs (X_t, A) [0] and (X_t + A, A) [1] has the log-odds  log p(x - a) - log p(x)  at its best, as the pairs have the
+A classifier of pairs (X_t, A) [0] and (X_t + A, A) [1] has the log-odds  log p(x - a) - log p(x)  at its best, as pairs have the
 densities p(x) nu(a) and p(x - a) nu(a). With the log-density L of an energy network, whose gradient is the score, the log-odds are
 L(x - a) - L(x): one network learns both. It needs samples of x_t and of the amplitude alone; the score is regressed on the table's.
 (Least squares on the ratio itself has the same minimiser and a variance without bound.)
@@ -18,7 +18,7 @@ from scoresde_cli.sdes.base import SDE, Noised
 
 
 class JumpRatio(FieldLoss):
-    """|s - s*|^2 / E|s*|^2 + the classifier's log-loss; for networks with an energy, and joint jumps. Arguments as for FieldLoss."""
+    """|s - s*|^2 / E|s*|^2 + the classifier's log-loss; for networks with an energy, and joint jumps. Arguments: FieldLoss."""
 
     name = "jump_ratio"
     formula = "|s - s*|^2 / E|s*|^2 + log(1 + p(x-A)/p(x)) + log(1 + p(x+A)/p(x))"

@@ -8,7 +8,6 @@ given x_0 (SDE.moments): under jumps the score is of another scale than 1 / sigm
 from collections.abc import Callable, Set
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from scoresde_cli.errors import ScoreSDEError
@@ -69,8 +68,6 @@ class FlowModel(ScoreModel):
         self.provides = frozenset({"score", "eps", "x0"} | (more if carried else set())) | (
             self.provides & {"log_density"}
         )
-        t = torch.full((1,), sde.T)
-        sde.moments(t, gaussian.mean.numel())  # refused here where they are not known; tables are built now
 
     @property
     def own_flow(self) -> bool:

@@ -152,7 +152,8 @@ class JumpStudy(GridStudy):
         )  # fmt: skip
 
         def worst(field: str, least: bool = False) -> float:
-            values = [r["value"] / e["facts"]["floor_high"] for s, e in read if s["rate"] > 0 for r in e["rows"] if r["field"] == field]
+            jumping = [(e["facts"]["floor_high"], e["rows"]) for setting, e in read if setting["rate"] > 0]
+            values = [row["value"] / high for high, found in jumping for row in found if row["field"] == field]
             return float(np.min(values) if least else np.max(values)) if values else float("nan")
 
         answers = [

@@ -1,4 +1,4 @@
-"""The ways back under jumps with fields that are known, right and wrong: no training, so what differs is the sampler's or the field's."""
+"""The ways back under jumps with fields that are known, right and wrong; nothing is trained."""
 
 from collections.abc import Set
 from typing import Any
