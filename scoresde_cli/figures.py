@@ -89,7 +89,7 @@ def mixing(entries: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
 
 
 def noises(row: dict[str, Any]) -> np.ndarray:
-    """(3, levels): E|g + w delta|^2 for w = 0 (DSM), w = 1 (SSM) and the w of an estimate, up to one factor a level."""
+    """(3, levels): E|g + w delta|^2 for w = 0 (DSM), w = 1 (SSM) and the w of an estimate, up to one factor."""
     plain, cross, square, w = (np.array(row[name]) for name in ("plain", "cross", "square", "w"))
     return np.stack([plain - 2.0 * v * cross + v**2 * square for v in (np.zeros_like(w), np.ones_like(w), w)])
 

@@ -14,7 +14,7 @@ from torch import nn
 from scoresde_cli.errors import Unreadable
 from scoresde_cli.identity import randomise
 from scoresde_cli.losses.dsm import DSM
-from scoresde_cli.losses.dsm_cv import DSMCV, LEAST, MOST, Weights
+from scoresde_cli.losses.dsm_cv import DSMCV, LEAST, MOST, THIN, ByLevel
 from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.projections import Rademacher
@@ -110,7 +110,8 @@ def test_the_gradient_has_no_bias_with_fixed_and_with_estimated_weights():
 
     def anew(i):
         row = mixer.measure(plan, i, 32)
-        return plan.loss.weighing(Weights(mixer.nodes, torch.tensor(mixing.optimum([row]))))
+        w = mixing.optimum([row])
+        return plan.loss.weighing(*(ByLevel(mixer.nodes, torch.tensor(each)) for each in (w, mixing.allocation([row], w, 1))))
 
     once = anew(10_000)
     ism = gradients(plan, lambda i: ISM(), 120)
@@ -155,7 +156,7 @@ def test_the_variance_is_below_both_at_every_level(d, spread):
             plan.model.network.last.weight.normal_(std=1e-3, generator=torch.Generator().manual_seed(0))
     mixer = Mixer(plan.loss, plan.sde)
     w = mixing.optimum([mixer.measure(plan, step, 128) for step in range(8)])
-    loss = plan.loss.weighing(Weights(mixer.nodes, torch.tensor(w, dtype=torch.float64)))
+    loss = plan.loss.weighing(ByLevel(mixer.nodes, torch.tensor(w, dtype=torch.float64)))
     batch = drawn(plan, 256 * BINS, "truth")
     m = moments(batch, loss.frame(batch.field, batch.noised.x_t, batch.t, len(batch.t), generator(0, "v")))
     mixed = loss.table(plan.sde, batch.t)(batch.t)
@@ -173,7 +174,7 @@ def test_the_variance_is_below_both_at_every_level(d, spread):
 
 def test_weights_are_linear_between_their_nodes_and_constant_beyond():
     nodes = torch.tensor([-2.0, 0.0, 1.0], dtype=torch.float64)
-    w = Weights(nodes, torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64))
+    w = ByLevel(nodes, torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64))
     at = torch.tensor([-5.0, -2.0, -1.0, 0.0, 0.25, 1.0, 9.0], dtype=torch.float64)
     expected = torch.tensor([1.0, 1.0, 0.7, 0.4, 0.3, 0.0, 0.0], dtype=torch.float64)
     assert torch.allclose(w(at.exp()), expected, atol=1e-12)
@@ -187,8 +188,31 @@ def test_the_levels_hold_as_many_of_the_training_times_each():
     assert int((counts - 100).abs().max()) <= 2  # the times are stratified
 
 
-def test_times_of_little_noise_are_drawn_a_quarter_as_often_and_weighted_for_it():
+def test_times_are_drawn_where_noise_is_left_and_directions_are_cheap():
+    """Two halves of the levels: w = 1 with noise 1 a sample that costs three, w = 0 with noise 9 that costs one.
+
+    (a/q + 9 b/q') (3 a q + b q'), a = b = 1/2, is least at q'/q = sqrt(9 * 3); and no level is left out.
+    """
+    half = torch.ones(BINS // 2, dtype=torch.float64)
+
+    def levels(noise):
+        row = {
+            "cross": torch.cat([half, 0 * half]), "square": torch.cat([half, half]),
+            "plain": torch.cat([half + noise, 9 * half]),
+        }  # fmt: skip
+        return mixing.allocation([{name: each.tolist() for name, each in row.items()}], row["cross"].tolist(), 2)
+
+    often = levels(1.0)
+    assert often[-1] / often[0] == pytest.approx(math.sqrt(27), rel=1e-9)
+    assert levels(1e-9)[0] == 1 / THIN
+
+
+@pytest.mark.parametrize("estimated", [False, True], ids=["fixed", "estimated"])
+def test_times_that_are_drawn_less_often_are_weighted_for_it(estimated):
     plan, loss = plan_of(2), DSMCV(Rademacher(), 1, 0.5)
+    if estimated:
+        nodes = Mixer(plan.loss, plan.sde).nodes
+        loss = loss.weighing(ByLevel(nodes, torch.zeros(BINS)), ByLevel(nodes, 1.0 + 0.75 * torch.sin(torch.arange(BINS))))
     x0, sums, law, sparse, plain = torch.zeros(128, 2, dtype=torch.float64), [], [], [], []
     for i in range(400):
         t, noised = loss.noise(plan.sde, x0, generator(i, "thin"))
@@ -202,8 +226,12 @@ def test_times_of_little_noise_are_drawn_a_quarter_as_often_and_weighted_for_it(
     sums, law = torch.stack(sums), torch.stack(law)
     error = ((sums.var(0) + law.var(0)) / 400).sqrt().clamp_min(1e-12)
     assert float(((sums.mean(0) - law.mean(0)) / error)[1:].abs().max()) < 4
-    assert float((sums[:, 0] - 1).abs().max()) < 0.03  # one of 128 more or less, of weight 3
+    assert float((sums[:, 0] - 1).abs().max()) < 0.03  # one of 128 more or less, of weight 3 (4 where estimated)
     share = sum(plain) / 400
+    if estimated:
+        assert share == 0
+        assert float(error[1]) > 1e-4  # the times are other ones
+        return
     assert sum(sparse) / 400 == pytest.approx(share / 4 / (1 - 0.75 * share), rel=0.05)
 
 

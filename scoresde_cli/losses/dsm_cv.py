@@ -7,7 +7,7 @@ variate  g = g_DSM + w(t) (g_SSM - g_DSM)  is unbiased for every function w of t
 
 DSM is noisy at small t, where its target hardly depends on the data, SSM at large t. The variance at t is least at
 
-    w* = -E<g_DSM, g_SSM - g_DSM> / E|g_SSM - g_DSM|^2                                            (section 3 of docs/theory.md)
+    w* = -E<g_DSM, g_SSM - g_DSM> / E|g_SSM - g_DSM|^2                                            (section 9 of docs/theory.md)
 
 which `training/mixing.py` estimates while training. Directions are pushed for the samples with w > 0 alone. Control variates of
 the same two estimators where the data's energy is known: De Bortoli et al., arXiv 2402.08667.
@@ -35,7 +35,7 @@ from scoresde_cli.sdes.base import SDE, Noised
 START = 0.25  # the threshold until w has been estimated
 MOST = 0.9  # greater weights gain less than a tenth of the variance of SSM, and are taken as one, which no error of w can worsen
 CELLS = 512  # of time
-THIN = 4  # of the times with w = 1, where SSM has far less noise than anywhere else, one in so many is drawn
+THIN = 4  # no time is drawn less often than one in so many of the loss's own law
 LEAST = 0.25  # smaller weights gain less than a quarter of the variance of DSM, and are taken as zero: no direction is pushed
 
 
@@ -44,11 +44,23 @@ def sigmoid(ratio: Tensor, threshold: float) -> Tensor:
     return 1.0 / (1.0 + (ratio / threshold) ** 4)
 
 
-class Weights:
-    """w as a function of log(sigma / alpha): linear between nodes, constant beyond them.
+def sparse(w: Tensor) -> Tensor:
+    """w, zero where it is small, and one where it is near one."""
+    return torch.where(w < LEAST, 0.0, torch.where(w > MOST, 1.0, w))
+
+
+def ratio_of(sde: SDE, t: Tensor) -> Tensor:
+    """sigma / alpha, (B,)."""
+    kernel = sde.kernel()
+    assert kernel is not None
+    return kernel.sigma(t) / kernel.alpha(t)
+
+
+class ByLevel:
+    """A function of log(sigma / alpha): linear between nodes, constant beyond them.
 
     Args:
-        nodes: ascending. values: w there, in [0, 1]; as many.
+        nodes: ascending. values: there; as many.
     """
 
     def __init__(self, nodes: Tensor, values: Tensor) -> None:
@@ -65,7 +77,7 @@ class Weights:
 class Table:
     """w by time, and the law that times are drawn by: CELLS cells of about the same share of the loss's own law p each.
 
-    In cell k times are uniform, and it has the probability q_k ~ p_k, a THIN-th of it where w = 1. A time t brings the weight
+    In cell k times are uniform, and it has the probability q_k ~ p_k times `often`. A time t brings the weight
     p(t) |cell| / q_k, so that the weighted mean over a batch has the expectation of the plain one under p.
     """
 
@@ -81,8 +93,9 @@ class Table:
         edges = fine[torch.searchsorted(below, torch.arange(1, CELLS) / CELLS)].unique()
         ends = torch.cat([fine[:1], edges, fine[-1:]])
         own = (self.even * (ends - low) + self.log * (ends / low).log()).diff()
-        w = loss.weight_of(sde, ((ends[1:] + ends[:-1]) / 2).to(like.device)).cpu()
-        q = own * torch.where(w == 1.0, 1.0 / THIN, 1.0)
+        middle = ((ends[1:] + ends[:-1]) / 2).to(like.device)
+        w, often = loss.weight_of(sde, middle).cpu(), loss.often(sde, middle).cpu()
+        q = own * often
         q = q / q.sum()
         after = q.cumsum(0)
         slope = ends.diff() / q
@@ -114,7 +127,8 @@ class DSMCV(SSM):
     name = "dsm_cv"
     formula = "w (|S|^2 + 2 v^T J v) + (1 - w)(|S - grad log p(x_t | x_0)|^2 - const)"
     needs_kernel = varying = True
-    weights: Weights | None = None  # the estimated ones
+    weights: ByLevel | None = None  # the estimated ones
+    density: ByLevel | None = None  # of the times, relative to the loss's own law
 
     def __init__(
         self, projection: Projection, n_proj: PositiveInt = 1, threshold: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto",
@@ -135,14 +149,18 @@ class DSMCV(SSM):
 
     def weight_of(self, sde: SDE, t: Tensor) -> Tensor:
         """w, (B,), exactly zero where it is small, and one where it is near one."""
-        kernel = sde.kernel()
-        assert kernel is not None
-        ratio = kernel.sigma(t) / kernel.alpha(t)
+        ratio = ratio_of(sde, t)
         if self.weights is not None:
             w = self.weights(ratio)
         else:
             w = sigmoid(ratio, START if self.threshold == "auto" else self.threshold)
-        return torch.where(w < LEAST, 0.0, torch.where(w > MOST, 1.0, w))
+        return sparse(w)
+
+    def often(self, sde: SDE, t: Tensor) -> Tensor:
+        """How often a time is drawn, relative to the loss's own law, (B,); before any estimate, least where w = 1."""
+        if self.density is not None:
+            return self.density(ratio_of(sde, t))
+        return torch.where(self.weight_of(sde, t) == 1.0, 1.0 / THIN, 1.0)
 
     def table(self, sde: SDE, like: Tensor) -> Table:
         """The weights by time, made once."""
@@ -151,10 +169,10 @@ class DSMCV(SSM):
             self.tables[key] = sde, Table(self, sde, like)  # with the process, so that its id stays its own
         return self.tables[key][1]
 
-    def weighing(self, weights: Weights) -> "DSMCV":
-        """The same loss with these weights."""
+    def weighing(self, weights: ByLevel, density: ByLevel | None = None) -> "DSMCV":
+        """The same loss with these weights and times."""
         found = copy.copy(self)
-        found.weights, found.tables = weights, {}
+        found.weights, found.density, found.tables = weights, density, {}
         return found
 
     def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:

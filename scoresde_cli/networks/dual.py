@@ -57,12 +57,13 @@ def first(name: Activation, u: Tensor) -> tuple[Tensor, Tensor]:
             return F.leaky_relu(u), torch.where(u > 0, 1.0, 0.01).to(u.dtype)
 
 
-def second(name: Activation, u: Tensor) -> Tensor:
-    """f''(u) of the named activation."""
+def second(name: Activation, u: Tensor, f: Tensor) -> Tensor:
+    """f''(u) of the named activation, f = f(u) being known."""
     match name:
         case "silu":
-            s = torch.sigmoid(u)
-            return s * (1.0 - s) * (2.0 + u * (1.0 - 2.0 * s))
+            s, f = torch.sigmoid(u), f.to(u.dtype)
+            slope = torch.addcmul(f, s, 1.0 - f, value=2.0)
+            return torch.addcmul(slope, slope, s, value=-1.0)  # (1 - s) (f + 2 s (1 - f))
         case "gelu":
             return torch.exp(-0.5 * u * u) / math.sqrt(2.0 * math.pi) * (2.0 - u * u)
         case "tanh":
@@ -90,27 +91,31 @@ class Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor, sizes: Sizes, shift: Tensor, scale: Tensor | None, name: Activation) -> Tensor:
-        B, m = sizes
+        m = sizes[1]
         u, du = parts(stack, sizes)
         moved = u + shift
         a = moved if scale is None else moved * scale
-        steep = pull(name, a[:m], torch.ones_like(a[:m]) if scale is None else scale[:m])
         out = torch.empty_like(stack)
-        out[:B] = value(name, a)
-        torch.mul(du, steep.to(stack.dtype), out=parts(out, sizes)[1])
+        f, tangents = parts(out, sizes)
+        if name == "silu" and f.dtype == a.dtype:
+            torch.ops.aten.silu.out(a, out=f)
+        else:
+            f.copy_(value(name, a))
+        steep = pull(name, a[:m], a.new_ones(()).expand_as(a[:m]) if scale is None else scale[:m])
+        torch.mul(du, steep.to(stack.dtype), out=tangents)
         ctx.sizes, ctx.name = sizes, name
-        ctx.save_for_backward(stack, moved, a, steep, scale)
+        ctx.save_for_backward(stack, moved, a, steep, scale, out)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
-        stack, moved, a, steep, scale = ctx.saved_tensors
+        stack, moved, a, steep, scale, made = ctx.saved_tensors
         B, m = ctx.sizes
         (_, du), (grad_0, grad_k) = parts(stack, ctx.sizes), parts(grad, ctx.sizes)
-        bent = (grad_k * du).sum(0, dtype=a.dtype)
+        bent = (grad_k[0] * du[0]).to(a.dtype) if len(du) == 1 else (grad_k * du).sum(0, dtype=a.dtype)
         grad_a = pull(ctx.name, a, grad_0.to(a.dtype))
-        grad_a[:m].addcmul_(second(ctx.name, a[:m]), bent if scale is None else bent * scale[:m])
+        grad_a[:m].addcmul_(second(ctx.name, a[:m], made[:m]), bent if scale is None else bent * scale[:m])
         grad_u, grad_scale = grad_a, None
         if scale is not None:
             grad_u, grad_scale = grad_a * scale, moved * grad_a

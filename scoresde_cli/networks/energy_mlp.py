@@ -86,7 +86,8 @@ class EnergyMLP(nn.Module):
             u, du = dual.parts(F.linear(h, weight), sizes)
             a = u + shift
             a = a if scale is None else a * scale
-            (f, slope), curvature = dual.first(self.activation, a), dual.second(self.activation, a[:m])
+            f, slope = dual.first(self.activation, a)
+            curvature = dual.second(self.activation, a[:m], f[:m])
             if scale is not None:
                 slope, curvature = slope * scale, curvature * scale[:m].square()
             h = dual.stack(f, slope[:m] * du)

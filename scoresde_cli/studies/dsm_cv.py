@@ -75,14 +75,17 @@ class ControlVariate(GridStudy):
                 Figure(path, f"{title}: the weights of SSM-VR of one seed, and the noise of all, by level.")
             )
             late = [row for entry in entries for row in entry["curve"][len(entry["curve"]) // 2 :]]
-            dsm, ssm, mixed = np.sum([figures.noises(row) for row in late], axis=(0, 2))
+            noises, often = np.array([figures.noises(row) for row in late]), np.array([row["density"] for row in late])
+            dsm, ssm, mixed = noises.sum((0, 2))
+            drawn = (noises[:, 2] / often * often.mean(1, keepdims=True)).sum()
             rows.append([
                 title, f"{np.median([e['value'] for e in entries]):.2g}", f"{mixed / dsm:.2f}", f"{mixed / ssm:.2f}",
+                f"{drawn / dsm:.2f}",
             ])  # fmt: skip
         if rows:
             found.tables.append(Table(
                 "Noise of a gradient, summed over the levels of the training times",
-                ["", "sigma/alpha where w = 1/2", "of dsm_cv over dsm", "of dsm_cv over ssm_vr"], rows,
+                ["", "sigma/alpha where w = 1/2", "w alone, over dsm", "over ssm_vr", "with its own times, over dsm"], rows,
                 "Second moments of the gradients of single samples, second half of the training; median or sum over seeds.",
             ))  # fmt: skip
         return found

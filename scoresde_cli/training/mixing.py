@@ -6,6 +6,7 @@ With g the gradient in the weights of one sample's DSM and delta that of SSM les
 
 Both means are taken over the samples in each of BINS bins of log(sigma/alpha), as many of the training times in each, from
 gradients sample by sample (vmap), and over the estimates since a quarter of the steps. w is linear between the bins' centres.
+What noise is left says how often the times of each bin are drawn (`allocation`).
 
 No bias comes of it: an estimate draws its own samples, and w at a step is a function of the weights and of draws that this step
 does not see, so that the step's gradient has the mean of DSM's given w.
@@ -24,7 +25,7 @@ from torch.func import functional_call, jacrev, jvp, vmap
 
 from scoresde_cli.losses.base import draw_times, in_white
 from scoresde_cli.losses.dsm import DSM
-from scoresde_cli.losses.dsm_cv import DSMCV, Weights
+from scoresde_cli.losses.dsm_cv import DSMCV, THIN, ByLevel, ratio_of, sparse
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator, seed_global
 from scoresde_cli.sdes.base import SDE
@@ -83,7 +84,7 @@ class Mixer:
     """
 
     name, unit = "threshold", "sigma/alpha"
-    reasons: tuple[str, ...] = ("w", "cross", "square", "plain")
+    reasons: tuple[str, ...] = ("w", "density", "cross", "square", "plain")
 
     def __init__(self, loss: DSMCV, sde: SDE) -> None:
         t = draw_times(loss.times, 256 * BINS, loss.t_min, sde.T, generator(0, "mixing")).double()
@@ -99,13 +100,14 @@ class Mixer:
             row = self.measure(plan, state.step, FIRST if len(rows) < 2 else LATER)
             recent = [*(r for r in rows if 4 * r["step"] >= state.step), row]
             row["w"] = optimum(recent)
+            row["density"] = allocation(recent, row["w"], loss.n_proj)
             row["threshold"] = self.threshold(row["w"])
             if not rows or not 0.67 < row["threshold"] / rows[-1]["threshold"] < 1.5:
                 said = f"sliced and denoising score matching weigh the same at sigma/alpha = {row['threshold']:.2g}"
             rows.append(row)
         if loss.weights is None or loss.weights.values.tolist() != rows[-1]["w"]:
-            values = torch.tensor(rows[-1]["w"], dtype=torch.float64)
-            plan = replace(plan, loss=loss.weighing(Weights(self.nodes, values)))
+            w, density = (torch.tensor(rows[-1][name], dtype=torch.float64) for name in ("w", "density"))
+            plan = replace(plan, loss=loss.weighing(ByLevel(self.nodes, w), ByLevel(self.nodes, density)))
         return plan, said
 
     def measure(self, plan: Plan, step: int, samples: int) -> dict[str, Any]:
@@ -144,8 +146,24 @@ def optimum(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return torch.where(below > 0, (cross / sizes).sum(0) / below, 0.0).clamp(0.0, 1.0).tolist()
 
 
+def allocation(rows: Sequence[Mapping[str, Any]], w: Sequence[float], n_proj: int) -> list[float]:
+    """How often a time of each level is drawn, relative to the loss's own law p, at least 1 / THIN.
+
+    The noise of all times is the mean of E|g_w|^2 p / q over p, its cost that of c q / p, with c = 1 + n_proj where directions are
+    pushed (a tangent costs about what a sample does) and 1 elsewhere: their product is least for q ~ p sqrt(E|g_w|^2 / c)
+    (Neyman 1934; Cochran, Sampling techniques, 1977, section 5.5). Smoothed over neighbours.
+    """
+    names = ("cross", "square", "plain")
+    cross, square, plain = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names)
+    at = sparse(torch.tensor(w, dtype=torch.float64))
+    noise = (plain - 2.0 * at * cross + at.square() * square).clamp_min(0.0)
+    share = (noise / noise.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).sum(0)
+    root = (share / torch.where(at > 0, 1.0 + n_proj, 1.0)).sqrt()
+    beside = torch.cat([root[:1], root, root[-1:]])
+    smooth = (beside[:-2] + 2.0 * root + beside[2:]) / 4.0
+    return (smooth / smooth.mean().clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(1.0 / THIN).tolist()
+
+
 def log_ratio(sde: SDE, t: Tensor) -> Tensor:
     """log(sigma/alpha), (B,)."""
-    kernel = sde.kernel()
-    assert kernel is not None
-    return (kernel.sigma(t) / kernel.alpha(t)).log()
+    return ratio_of(sde, t).log()
