@@ -272,7 +272,7 @@ def pick_device(name: str) -> torch.device:
 def build_network(
     node: Mapping[str, Any], shape: tuple[int, ...], seed: int, classes: int = 0, number: int = 0
 ) -> nn.Module:
-    """The network, its weights of the seed and its number alone. Raises ScoreSDEError where the data has labels and it takes none."""
+    """The network, its weights of the seed and its number alone. Raises where the data has labels and it takes none."""
     runtime: dict[str, Any] = {"shape": tuple(shape)}
     if isinstance(node, Mapping) and "classes" in takes(node, "network"):
         runtime["classes"] = classes

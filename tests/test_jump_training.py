@@ -60,7 +60,7 @@ def test_moments_are_those_of_draws(amplitude, joint):
         noised = sde.kernel().sample(zero, t, generator(0, "m"))
         found = sde.kernel().targets(zero, noised, t, {"score", "flux"})
         found["transport"] = sde.velocity(noised.x_t, t, found["score"], found["flux"]) - sde.drift(noised.x_t, t)
-        moments = sde.moments(t[:1], 2)
+        moments = sde.scales(t[:1], 2)
         for name, u in found.items():
             for got, want in ((u.square().mean(1), moments[name].power), ((u * noised.x_t).mean(1), moments[name].push)):
                 error = float(got.std() / math.sqrt(n))
@@ -70,7 +70,7 @@ def test_moments_are_those_of_draws(amplitude, joint):
 
 def test_without_jumps_the_moments_are_those_of_the_gaussian_kernel():
     t = torch.linspace(0.01, 1, 20, dtype=F64)
-    ours, theirs = JumpDiffusion(rate=0.0).moments(t, 3), VP().moments(t, 3)
+    ours, theirs = JumpDiffusion(rate=0.0).scales(t, 3), VP().scales(t, 3)
     for name in theirs:
         assert all(torch.equal(a, b) for a, b in zip(ours[name], theirs[name], strict=True))
 
@@ -79,11 +79,11 @@ def test_the_coefficients_of_a_gaussian_kernel_are_one_formula():
     """Residual.regression of the score is Residual.coefficients (Karras' preconditioning) where there are no jumps."""
     t, lam = torch.linspace(0.01, 1, 20, dtype=F64), torch.tensor([0.3, 2.0], dtype=F64)
     alpha, sigma = VP().alpha(t)[:, None], VP().sigma(t)[:, None]
-    found = Residual().regression(VP().moments(t, 2)["score"], alpha**2 * lam, sigma**2)
+    found = Residual().regression(VP().scales(t, 2)["score"], alpha**2 * lam, sigma**2)
     for a, b in zip(found, Residual().coefficients(alpha, sigma, lam), strict=True):
         assert torch.allclose(a, b, rtol=1e-6)
     with pytest.raises(ScoreSDEError, match="residual, eps and raw do"):
-        X0().regression(VP().moments(t, 2)["score"], alpha**2 * lam, sigma**2)
+        X0().regression(VP().scales(t, 2)["score"], alpha**2 * lam, sigma**2)
 
 
 def test_the_zero_network_carries_gaussian_data_exactly_without_jumps():
@@ -139,7 +139,7 @@ def test_every_loss_is_the_weighted_squared_error_up_to_a_constant(make, joint):
     a, b = (model(loss.trains, sde, seed) for seed in (1, 2))
     exact, x0 = JumpOracle(law(), sde), law().sample(n, generator(1, "data"))
     t, noised = loss.noise(sde, x0, generator(2, "l"))
-    moments = sde.moments(t, 2)
+    moments = sde.scales(t, 2)
     second = next(iter(loss.trains - {"score"}))
     power = moments["flux"].power
     if second == "velocity":

@@ -48,7 +48,7 @@ class AugmentedDSM(FieldLoss):
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        kernel, x, moments = sde.kernel(), noised.x_t, sde.moments(t, x0[0].numel())
+        kernel, x, moments = sde.kernel(), noised.x_t, sde.scales(t, x0[0].numel())
         assert kernel is not None
         assert noised.factor is not None
         assert noised.eps is not None

@@ -72,7 +72,7 @@ class ImplicitFlux(FieldLoss, SSMVR):
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        moments = sde.moments(t, x0[0].numel())
+        moments = sde.scales(t, x0[0].numel())
         score = SSMVR.value(self, model, sde, x0, noised, t, generator)
         flux = flux_value(model, sde, noised.x_t, t, generator, self.draws)
         return score / moments["score"].power + flux / moments["flux"].power.clamp_min(TINY)

@@ -39,7 +39,7 @@ class JumpRatio(FieldLoss):
         kernel, x = sde.kernel(), noised.x_t
         assert kernel is not None
         target = kernel.targets(x0, noised, t, {"score"})["score"]
-        score = squared(model.score(x, t) - target) / sde.moments(t, x0[0].numel())["score"].power
+        score = squared(model.score(x, t) - target) / sde.scales(t, x0[0].numel())["score"].power
         amplitude, _ = jump(sde, x, t, generator)
         here, before, after = model.log_density(torch.cat([x, x - amplitude, x + amplitude]), t.repeat(3)).chunk(3)
         return score + softplus(before - here) + softplus(after - here)

@@ -60,7 +60,7 @@ class TableDSM(FieldLoss):
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
-        kernel, x, moments = sde.kernel(), noised.x_t, sde.moments(t, x0[0].numel())
+        kernel, x, moments = sde.kernel(), noised.x_t, sde.scales(t, x0[0].numel())
         assert kernel is not None
         names = {"score"} if sde.jumps is None else {"score", "flux"}
         targets = kernel.targets(x0, noised, t, names)

@@ -23,7 +23,7 @@ def squared_gap(
     assert kernel is not None
     if name == "flux":
         gap = model.fields(x, t, {name})[name].double() - exact.fields(x.double(), t, {name})[name]
-        return gap.square().flatten(1).sum(1) / sde.moments(t.double(), x[0].numel())[name].power
+        return gap.square().flatten(1).sum(1) / sde.scales(t.double(), x[0].numel())[name].power
     gap = model.score(x, t).double() - exact.score(x.double(), t)
     if kernel.scalar:
         return gap.square().flatten(1).sum(1) * kernel.unit(t.double(), x[0].numel())

@@ -2,18 +2,19 @@
 
 With f, G and jumps of the process, one follows from the other:  velocity = f - 1/2 Sigma score + flux. Each field u, of the
 velocity what it adds to f, is  u = skip y + out net(inp y, c)  as in model.py, with coefficients from the field's own moments
-given x_0 (SDE.moments): under jumps the score is of another scale than 1 / sigma.
+given x_0 (SDE.scales): under jumps the score is of another scale than 1 / sigma.
 """
 
 from collections.abc import Callable, Set
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero
 from scoresde_cli.networks.parameterisation import Coefficients, Parameterisation, Residual
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.base import SDE, Moments
 from scoresde_cli.sdes.operators import expand
 
 Carried = Literal["velocity", "flux"]
@@ -46,7 +47,7 @@ class FlowModel(ScoreModel):
 
     Args:
         network: the score's, or a Pair of it and of the network of the field that is carried.
-        sde: a process with moments (SDE.moments), in its own coordinates.
+        sde: a process with moments (SDE.scales), in its own coordinates.
         parameterisation, gaussian: as for ScoreModel.
         carried: what the second network stands for; None where there is none.
     """
@@ -61,7 +62,9 @@ class FlowModel(ScoreModel):
                 f"sde {type(sde).__name__}: the velocity is learnt where the noise is the same in all directions (vp, subvp, ve, "
                 "jump_diffusion)"
             )
-        self.carried = carried
+        one = torch.ones(1)
+        parameterisation.regression(Moments(one, one), one[None], one[None])  # refused now by one that has none
+        self.carried, self.own_flow = carried, carried is not None
         quiet = sde if sde.jumps is None or sde.jumps.without is None else sde.jumps.without
         self.quiet = quiet.kernel()
         more = {"velocity"} if sde.jumps is None else {"velocity", "flux"}
@@ -69,13 +72,9 @@ class FlowModel(ScoreModel):
             self.provides & {"log_density"}
         )
 
-    @property
-    def own_flow(self) -> bool:
-        return self.carried is not None
-
     def _coefficients(self, levels: tuple[Tensor, Tensor], t: Tensor, name: str) -> Coefficients:
         alpha, sigma = levels
-        moments = self.sde.moments(t, self.mean.numel())[name]
+        moments = self.sde.scales(t, self.mean.numel())[name]
         return self.parameterisation.regression(moments, alpha.square() * self.lam, sigma.square())
 
     def carry(self, x: Tensor, t: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ class SDE(ABC):
         """The divergence of Sigma by rows, shape (B, *D); zero unless G depends on x."""
         return torch.zeros_like(x)
 
-    def moments(self, t: Tensor, d: int) -> dict[str, Moments]:
+    def scales(self, t: Tensor, d: int) -> dict[str, Moments]:
         """Of the score, the transport (velocity - f) and the flux given x_0, in d dimensions. Raises where they are not known."""
         raise ScoreSDEError(
             f"sde {type(self).__name__}: the scale of its fields is not known; vp, subvp, ve and jump_diffusion have it"
@@ -289,7 +289,7 @@ class LinearSDE(SDE):
     def kernel(self) -> Kernel:
         return GaussianKernel(self.alpha, self.sigma)
 
-    def moments(self, t: Tensor, d: int) -> dict[str, Moments]:
+    def scales(self, t: Tensor, d: int) -> dict[str, Moments]:
         precision, half = self.sigma(t).square().reciprocal(), 0.5 * self.g(t).square()
         none = torch.zeros_like(t)
         return {"score": Moments(precision, none - 1.0), "transport": Moments(half.square() * precision, half),

@@ -123,9 +123,9 @@ class JumpDiffusion(LinearSDE):
     def kernel(self) -> Kernel:
         return JumpKernel(self)
 
-    def moments(self, t: Tensor, d: int) -> dict[str, Moments]:
+    def scales(self, t: Tensor, d: int) -> dict[str, Moments]:
         if not any(self.rates):
-            return super().moments(t, d)
+            return super().scales(t, d)
         return self._once(f"moments {d}", t, lambda: self._moments(t, d))
 
     def _moments(self, t: Tensor, d: int) -> dict[str, Moments]:
@@ -178,7 +178,7 @@ class JumpKernel(Kernel):
         return Scalar(self.sigma(t))
 
     def unit(self, t: Tensor, d: int) -> Tensor:
-        return self.sde.moments(t, d)["score"].power.reciprocal()
+        return self.sde.scales(t, d)["score"].power.reciprocal()
 
     def jumped(self, shape: tuple[int, ...], t: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of V = sum_i r(t, tau_i)^2 w_i, (B, 1, ..) for joint jumps, else (B, *D), for `shape` = (B, *D)."""

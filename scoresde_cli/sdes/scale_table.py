@@ -95,14 +95,22 @@ class ScaleTable:
         finer = min(max(1.0, math.sqrt(d / 4)), 2.0)  # the fields turn within 1/d or so in z and log t
         self.times, self.radii = round(TIMES * finer), round(RADII * finer)
         self.first, self.last = math.log(FIRST * process.T), math.log(process.T)
+        self._casts: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def _built(self) -> tuple[float, Tensor]:
+        """The largest z, and the fields on the grid (times, radii, FIELDS)."""
         times = torch.linspace(self.first, self.last, self.times, dtype=torch.float64).exp()
         laws, ell = self.mixed(times), self.ell(times).numpy()
-        most = [math.sqrt(law.r.at.max()) * (math.sqrt(d) + 8) for law in laws]
-        self.reach = math.log1p(max((m / a) ** 2 for m, a in zip(most, ell, strict=True))) / 2
-        z = np.linspace(0, self.reach, self.radii)
-        rows = [evaluate(law, a * a * np.expm1(2 * z), d, a) for law, a in zip(laws, ell, strict=True)]
-        self._grid = torch.as_tensor(np.stack(rows))
-        self._casts: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        most = [math.sqrt(law.r.at.max()) * (math.sqrt(self.d) + 8) for law in laws]
+        reach = math.log1p(max((m / a) ** 2 for m, a in zip(most, ell, strict=True))) / 2
+        z = np.linspace(0, reach, self.radii)
+        rows = [evaluate(law, a * a * np.expm1(2 * z), self.d, a) for law, a in zip(laws, ell, strict=True)]
+        return reach, torch.as_tensor(np.stack(rows))
+
+    @property
+    def reach(self) -> float:
+        return self._built[0]
 
     def ell(self, t: Tensor) -> Tensor:
         """Root of the variance without jumps, (B,)."""
@@ -169,7 +177,7 @@ class ScaleTable:
     @cached_property
     def _moments(self) -> Tensor:
         """(times, 3), logarithms: sums over the table's own radii, by the trapezium rule."""
-        rows = self._grid
+        rows = self._built[1]
         z = torch.linspace(0, self.reach, self.radii, dtype=torch.float64)
         r = torch.expm1(2 * z).sqrt()  # rho / l
         width = torch.diff(r, prepend=r[:1]) + torch.diff(r, append=r[-1:])
@@ -191,7 +199,7 @@ class ScaleTable:
         """The table, or its moments, on the device and in the precision of `like`."""
         key = (name, like.device, like.dtype)
         if key not in self._casts:
-            self._casts[key] = (self._grid if name == "table" else self._moments).to(like)
+            self._casts[key] = (self._built[1] if name == "table" else self._moments).to(like)
         return self._casts[key]
 
 

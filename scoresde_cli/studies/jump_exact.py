@@ -29,7 +29,7 @@ class Mistaken(JumpOracle):
 
     def fields(self, x: Tensor, t: Tensor, names: Set[str]) -> dict[str, Tensor]:
         found = super().fields(x, t, (names - {"velocity", "flux"}) | {"score"})
-        push = self.sde.moments(t.double(), x[0].numel())["flux"].push.to(x.dtype)  # type: ignore[attr-defined]
+        push = self.sde.scales(t.double(), x[0].numel())["flux"].push.to(x.dtype)
         flux = -self.matched * push.reshape(-1, *[1] * (x.ndim - 1)) * found["score"]
         found |= {"flux": flux, "velocity": self.sde.velocity(x, t, found["score"], flux)}
         return {name: found[name] for name in names}
@@ -62,7 +62,7 @@ def ways_back(
         return sliced_wasserstein(a, b)
 
     low, high = chance([fresh(i) for i in range(PAIRS)], "lower")
-    settings = {"steps": steps, "rho": 4.0, "t_min": 1e-5, "denoise": False}
+    settings: dict[str, Any] = {"steps": steps, "rho": 4.0, "t_min": 1e-5, "denoise": False}
     ode, noisy = HeunODE(**settings), EulerMaruyama(**settings)
     reversal = CountedReversal(candidates=candidates, **settings)
     runs: list[tuple[str, Sampler, type[JumpOracle], str]] = [
