@@ -22,6 +22,7 @@ from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
 from scoresde_cli.sdes.measures import Atoms, panjer
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
+from scoresde_cli.studies.jump_exact import Mistaken
 from tests.laws import three_modes
 
 F64 = torch.float64
@@ -152,7 +153,7 @@ def test_the_flux_has_its_three_forms():
 PROCESSES = {
     "1-D": (eight(8.0), line()),
     "2-D, linear beta and rate": (JumpDiffusion(VP(), 12.0, rate_end=2.0, amplitude="laplace"), plane()),
-    "1-D, subvp, student": (JumpDiffusion("subvp", 4.0, amplitude="student_t"), line()),
+    "1-D, subvp": (JumpDiffusion("subvp", 4.0, scale=0.7), line()),
     "by coordinate": (JumpDiffusion(EIGHT, 6.0, amplitude="laplace", joint=False), Mixture(
         torch.tensor([0.6, 0.4]), torch.tensor([[1.0, 0.0], [-0.6, 1.0]]), torch.tensor([[0.04, 0.1], [0.1, 0.04]]))),
 }  # fmt: skip
@@ -292,26 +293,18 @@ def test_compression_keeps_mass_and_three_moments_with_positive_weights():
     [("gaussian", 2.0, [HeunODE]), ("laplace", 8.0, [HeunODE, EulerMaruyama, ScalePath, TrueReversal])],
 )
 def test_four_samplers_recover_the_law_and_without_the_flux_none_would(law, rate, makes):
-    """1-D, exact fields, 100 steps. W1 to fresh data for two samples of 4096: mean 0.035, 95 percent below 0.09 (the weights of the
-    modes, 1.7 sd/sqrt(n) apart by 2 to 4.5). Without the flux the flow misses by 2.2 (gaussian, 2) and 17 (laplace, 8) there."""
-    sde, n, data = eight(rate, law), 2048, line()
+    """1-D, exact fields, 100 steps. W1 of 1024 samples to the law: mean 0.05, 95 percent below 0.13 (the weights of the modes,
+    1.7 sd/sqrt(n) apart by 2 to 4.5). Without the flux the flow misses by 2.2 (gaussian, 2) and 17 (laplace, 8) there."""
+    sde, n, data = eight(rate, law), 1072, line()
     oracle, true = JumpOracle(data, sde), data.sample(200_000, generator(1, "true"))
-    true = true.flatten().sort().values[50::100][: n - 48]
+    true = true.flatten().sort().values[95::195][: n - 48]
     settings = {"steps": 100, "rho": 4.0, "t_min": 1e-5, "denoise": False}
     for make in makes:
         more = {"candidates": 32} if make is TrueReversal else {}
         x = make(**settings, **more).sample(oracle, sde, (1,), len(true), 0, dtype=F64).x
-        assert w1(x, true) < 0.1, make
+        assert w1(x, true) < 0.14, make
 
-    class Fluxless(JumpOracle):
-        def fields(self, x, t, names):
-            found = super().fields(x, t, names)
-            return {
-                k: v - super(Fluxless, self).fields(x, t, {"flux"})["flux"] if k == "velocity" else v
-                for k, v in found.items()
-            }
-
-    x = HeunODE(**settings).sample(Fluxless(data, sde), sde, (1,), len(true), 0, dtype=F64).x
+    x = HeunODE(**settings).sample(Mistaken(data, sde), sde, (1,), len(true), 0, dtype=F64).x
     assert w1(x, true) > 1.5
 
 
