@@ -9,9 +9,9 @@ import traceback
 import warnings
 from pathlib import Path
 
-from scoresde_cli import __version__
+from scoresde_cli import __version__, processes
 from scoresde_cli.configs import quoted
-from scoresde_cli.errors import ScoreSDEError, Stopped, in_words, nearest, one_line
+from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped, in_words, nearest, one_line
 
 # name: (what it does, whether it is a Hydra command with conf/NAME.yaml)
 COMMANDS: dict[str, tuple[str, bool]] = {
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, bool]] = {
     "verify": ("show the identity L_ISM = E L_SSM as numbers, for a network, a dimension and a law", True),
     "rerun": ("train a run's config again in a new directory and compare the numbers", True),
     "list": ("the options of a group, or of all; `list runs` shows the runs below this folder", False),
+    "batch": ("a sweep as a file for sbatch: `scoresde batch time=4:00:00 mem=4G train -m n_proj=1,2,4`", False),
     "doctor": ("check this installation and this machine", False),
 }
 PATH_KEYS = ("run", "resume", "dir", "dirs", "out", "data.path")
@@ -33,6 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if argv is None and not os.environ.get("SCORESDE_DEBUG"):
         warnings.simplefilter("ignore")  # other libraries' remarks are not the user's; ours are lines of our own
+    return processes.leave(carried_out(arguments))
+
+
+def carried_out(arguments: list[str]) -> int:
+    """Run a command line; the exit code, after a line on stderr where it is not zero."""
     try:
         return dispatch(arguments)
     except BrokenPipeError:
@@ -40,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (Exception, Stopped, KeyboardInterrupt) as problem:
         found = in_words(problem)
+        if found and processes.rank() and (isinstance(problem, Stopped | Diverged) or processes.mourned()):
+            return found[1]  # the first process says it
         return fail(*found) if found else unexpected(problem)
 
 
@@ -94,6 +102,12 @@ def dispatch(arguments: list[str]) -> int:
     # Waiting OpenMP threads spin for a short while, then sleep: full speed on an idle machine, and half the loss of the
     # unlimited spinning where two runs share its cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if processes.placed():
+        refuse_together(name, rest)
+        processes.join()
+        if processes.rank():
+            importlib.import_module("scoresde_cli.together").follow()
+            return 0
     module = f"scoresde_cli.commands.{name}"
     if not COMMANDS[name][1]:
         return importlib.import_module(module).main(rest)
@@ -102,6 +116,20 @@ def dispatch(arguments: list[str]) -> int:
     provenance.remember_command(arguments)
     return hydra_app.run(
         name, module, [quote(a, sweep="-m" in rest or "--multirun" in rest) for a in positional(name, rest)]
+    )
+
+
+def refuse_together(name: str, rest: list[str]) -> None:
+    """Raise ScoreSDEError for what several processes do not do, in the first of them."""
+    sweep = any(word in ("-m", "--multirun") for word in rest)
+    if name == "train" and not sweep:
+        return
+    if processes.placed().rank:  # type: ignore[union-attr]
+        sys.exit(ScoreSDEError.exit_code)
+    what = "a sweep" if sweep else f"`scoresde {name}`"
+    raise ScoreSDEError(
+        f"{what} under torchrun or srun: several processes train one run; start it as one process"
+        + ("; hydra/launcher=slurm hydra.launcher.tasks_per_node=N gives each job N" if sweep else "")
     )
 
 

@@ -18,13 +18,14 @@ from scoresde_cli.checks import check_call
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest, one_line
 from scoresde_cli.fields import FieldModel
+from scoresde_cli.keys import CheckpointKeys, DivergenceKeys, EvalKeys, NLLKeys
 from scoresde_cli.losses.base import Loss, Times
 from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.ssm import SSM
-from scoresde_cli.networks.dual import PIECEWISE_LINEAR, PIECEWISE_LINEAR_MODULES
+from scoresde_cli.networks import dual
 from scoresde_cli.networks.flow_model import gaussian_model, model_of
 from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_white
-from scoresde_cli.networks.parameterisation import Parameterisation
+from scoresde_cli.networks.parameterisation import Parameterisation, covariance_for
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.sdes.base import SDE, LinearSDE
@@ -34,6 +35,7 @@ from scoresde_cli.training.directions import Directions
 from scoresde_cli.training.loop import Chooser, Plan
 from scoresde_cli.training.mixing import Mixer
 from scoresde_cli.training.optimizer import Adam
+from scoresde_cli.training.paths import pool
 
 PathText = Annotated[str, Field(min_length=1)]
 Precision = Literal["fp32", "fp64", "bf16"]
@@ -48,42 +50,6 @@ PARTS = ("data", "sde", "network", "parameterisation", "loss", "projection", "op
 
 
 @dataclass(frozen=True)
-class CheckpointKeys:
-    """The keys under `checkpoint`."""
-
-    every: PositiveInt
-    keep: PositiveInt
-
-
-@dataclass(frozen=True)
-class EvalKeys:
-    """The keys under `eval`."""
-
-    n: Annotated[int, Field(ge=20, le=10_000_000)]
-    metrics: list[str] | None
-    figures: bool
-    nll: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class NLLKeys:
-    """The keys under `eval.nll`."""
-
-    rows: Annotated[int, Field(ge=10, le=1_000_000)] = 2000
-    steps: PositiveInt = 50
-
-
-@dataclass(frozen=True)
-class DivergenceKeys:
-    """The keys under `divergence`."""
-
-    chunk: PositiveInt | Literal["auto"] | None
-    tangent_cost: PositiveFloat | Literal["auto"] = "auto"
-    exact_cost: PositiveFloat | Literal["auto"] = "auto"
-    cost_seconds: Annotated[float, Field(ge=0)] = 0.0
-
-
-@dataclass(frozen=True)
 class Settings:
     """The top-level keys of `train` that are not parts, as conf/train.yaml describes them."""
 
@@ -91,6 +57,7 @@ class Settings:
     steps: PositiveInt
     max_seconds: PositiveFloat | None
     batch_size: PositiveInt
+    accumulate: PositiveInt
     seed: NonNegativeInt
     t_min: Annotated[float, Field(gt=0, lt=1)]
     times: Times
@@ -139,10 +106,12 @@ class Parts:
         def resident(split: str) -> torch.Tensor:
             return self.data.splits[split].to(device=self.device, dtype=self.dtype)
 
+        train = resident("train")
         return Plan(
-            self.model, self.field, self.sde, self.loss, self.optimizer, resident("train"), resident("valid"), self.baseline,
+            self.model, self.field, self.sde, self.loss, self.optimizer, train, resident("valid"), self.baseline,
             s.seed, s.steps, s.max_seconds, s.batch_size, s.ema, s.log_every, s.checkpoint["every"],
             None if self.data.labels is None else self.data.labels["train"].to(self.device), s.label_dropout, self.chooser(),
+            s.accumulate, pool(self.sde, self.loss, train, s.seed),
         )  # fmt: skip
 
     def chooser(self) -> Chooser | None:
@@ -331,21 +300,8 @@ def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
         raise ScoreSDEError("sampler.known is for `scoresde sample`: a run measures samples of the whole law")
     if not any(p.requires_grad for p in model.network.parameters()):
         raise ScoreSDEError(f"network {type(model.network).__name__} has no weights to train")
-    if loss.tangents(2) == 0:
-        return
-    activation = getattr(model.network, "activation", None)
-    flat = [type(m).__name__ for m in model.network.modules() if isinstance(m, PIECEWISE_LINEAR_MODULES)]
-    if loss.second_order and (activation in PIECEWISE_LINEAR or flat):
-        raise ScoreSDEError(
-            f"network.activation={activation or flat[0]} with loss={loss.name}: piecewise linear, so the gradient of tr J is "
-            "silently wrong (its second derivative is zero almost everywhere); take silu, gelu, tanh, or loss=dsm or fd_ssm"
-        )
-    mixing = [type(m).__name__ for m in model.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if mixing:
-        raise ScoreSDEError(
-            f"the network holds {mixing[0]}: it mixes the samples of a batch, so tr J of a single sample is wrong under "
-            f"loss={loss.name}; take LayerNorm or GroupNorm, or loss=dsm"
-        )
+    if loss.tangents(2) > 0:
+        dual.refuse(model.network, loss.name, loss.second_order)
 
 
 def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Gaussian | None = None) -> Parts:
@@ -365,22 +321,28 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     if data is None:
         data = build(config["data"], "data")
     sde = build_sde(config["sde"], data)
-    if keys.t_min >= sde.T:
-        raise ScoreSDEError(f"t_min={keys.t_min}: expected less than the process's T={sde.T}")
+    if keys.t_min >= sde.T or keys.batch_size % keys.accumulate:
+        raise ScoreSDEError(
+            f"t_min={keys.t_min}: expected less than the process's T={sde.T}" if keys.t_min >= sde.T else
+            f"accumulate={keys.accumulate}: expected a divisor of batch_size={keys.batch_size}"
+        )  # fmt: skip
     parameterisation: Parameterisation = build(config["parameterisation"], "parameterisation")
+    network = build_network(config["network"], data.shape, keys.seed, len(data.classes))
     if gaussian is None:
-        gaussian = fit_white(sde, data.splits["train"], parameterisation.covariance)
+        gaussian = fit_white(sde, data.splits["train"], covariance_for(parameterisation, network))
     moments = None
     if "train" in data.splits:  # the baseline is the same whatever the parameterisation makes of the moments
         rows, d = len(data.splits["train"]), int(torch.Size(data.shape).numel())
         moments = fit_white(sde, data.splits["train"], "full" if rows > 10 * d else "isotropic")
     node, shape, classes = config["network"], data.shape, len(data.classes)
     model = model_of(
-        loss.trains, lambda i: build_network(node, shape, keys.seed, classes, i), sde, parameterisation, gaussian
+        loss.trains, lambda i: build_network(node, shape, keys.seed, classes, i) if i else network, sde, parameterisation, gaussian
     ).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian, loss.trains).to(device=device, dtype=dtype)
     model.bounds = data.bounds
     match(sde, loss, sampler, model)
+    if sde.still:
+        loss.weighting = "one"  # there is one time
     if keys.precision == "bf16" and loss.tangents(2) > 0 and not loss.second_order:
         raise ScoreSDEError(
             f"precision=bf16 with loss={loss.name}: differences of two scores have no digit left; take fp32, or ssm"

@@ -44,7 +44,7 @@ def groups(command: str = "train") -> dict[str, str | None]:
     for entry in load(conf_dir() / f"{command}.yaml").get("defaults", []):
         if isinstance(entry, dict):
             [(group, option)] = entry.items()
-            if not group.startswith("override hydra/"):
+            if not group.startswith(("override hydra/", "optional ")):
                 found[group.removeprefix("override ")] = option
     for parent in parents(command):
         found = groups(parent) | found

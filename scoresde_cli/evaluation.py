@@ -18,6 +18,7 @@ from scoresde_cli.likelihood import Flow
 from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.metrics.base import Metric, compare
 from scoresde_cli.metrics.c2st import C2ST
+from scoresde_cli.metrics.classifier import Classifier
 from scoresde_cli.metrics.columns import Columns
 from scoresde_cli.metrics.energy import EnergyDistance
 from scoresde_cli.metrics.frechet import FrechetPCA
@@ -31,6 +32,7 @@ from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from scoresde_cli.metrics.tails import Tails
 from scoresde_cli.metrics.wasserstein import Wasserstein
+from scoresde_cli.metrics.whitened import WhitenedSlicedWasserstein
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler, Samples
@@ -41,9 +43,10 @@ NLL_ROWS = 2000
 Summary = dict[str, dict[str, Any]]
 
 OF_SAMPLES: dict[str, type[Metric]] = {
-    "sliced_wasserstein": SlicedWasserstein, "wasserstein": Wasserstein, "energy_distance": EnergyDistance, "mmd": MMD,
-    "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights, "columns": Columns, "tails": Tails, "radial_tails": RadialTails,
-    "frechet_pca": FrechetPCA, "fid": FID, "kid": KID,
+    "sliced_wasserstein": SlicedWasserstein, "whitened_sliced_wasserstein": WhitenedSlicedWasserstein, "wasserstein": Wasserstein,
+    "energy_distance": EnergyDistance, "mmd": MMD, "c2st": C2ST, "prdc": PRDC, "mode_weights": ModeWeights,
+    "columns": Columns, "tails": Tails, "radial_tails": RadialTails,
+    "frechet_pca": FrechetPCA, "classifier": Classifier, "fid": FID, "kid": KID,
 }  # fmt: skip
 OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "flux_error", "nll")
 FIELDS = {"denoising_loss": "score", "score_error": "score", "flux_error": "flux", "nll": "velocity"}  # what of a model they take
@@ -74,7 +77,11 @@ def of_samples() -> set[str]:
 
 
 def unfit(name: str, data: Dataset, model: FieldModel | None = None) -> str | None:
-    """Why a metric means nothing on this data, or of this model; or None."""
+    """Why a metric means nothing on this data, or of this model and its process; None where it does."""
+    if model is not None and name == "denoising_loss" and model.sde.kernel() is None:
+        return f"it needs a closed-form kernel, which {type(model.sde).__name__} has not"
+    if model is not None and name == "nll" and model.sde.still:
+        return "nothing flows, so there is no way from the data to a known density"
     if name in OF_SAMPLES:
         return OF_SAMPLES[name].unfit(data)
     field = FIELDS.get(name)
@@ -178,11 +185,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, and on what: samples, where any were drawn, and the held-out rows beside them (m, *D)."""
+    """What was measured, and on what: samples, where any were drawn, and the held-out rows beside them (m, *D).
+
+    `of_classes` (classes, k, *D) are samples drawn for each class, where the model is given labels and `classifier` is asked for.
+    """
 
     summary: Summary
     samples: Samples | None
     reference: Tensor
+    of_classes: Tensor | None = None
 
 
 def evaluate(
@@ -230,13 +241,28 @@ def evaluate(
         for entry in found.values():
             entry["protocol"] |= sampler.protocol() | common | of
         summary |= found
+    of_classes = None
+    if "classifier" in metrics and data.classes:
+        count = max(8, n // len(data.classes))
+        where: Any = {"device": parts.device, "dtype": parts.dtype}
+        drawn_for = [
+            sampler.sample(model.labelled(torch.tensor([k])), parts.sde, data.shape, count, seed, **where)
+            for k in range(len(data.classes))
+        ]
+        of_classes = torch.stack([each.x.float().cpu() for each in drawn_for])
+        judge = next(metric for metric in of_samples if isinstance(metric, Classifier))
+        asked = torch.arange(len(data.classes)).repeat_interleave(count)
+        if torch.isfinite(of_classes).all():
+            entry = judge.label_accuracy(of_classes.flatten(0, 1), asked, seed)
+            entry["protocol"] |= sampler.protocol() | common | {"nfe": drawn_for[0].nfe}
+            summary["label_accuracy"] = entry
     if "sliced_wasserstein" in summary:
         gaussian = parts.baseline.moments.sample(len(drawn), generator(seed, "gaussian")).float()
         value = sliced_wasserstein(gaussian, reference.flatten(1))
         summary["sliced_wasserstein_baseline"] = plain(
             value, "model units", n=len(drawn), of="a Gaussian with the data's moments"
         )
-    return Evaluation(summary, samples, reference)
+    return Evaluation(summary, samples, reference, of_classes)
 
 
 def fingerprint(data: Dataset) -> str:

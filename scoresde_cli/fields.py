@@ -3,6 +3,7 @@
 With x_t = alpha x_0 + L eps, C = L L^T and the score s of p_t:
 
     E[x_0 | x_t] = (x_t + C s) / alpha        (Robbins 1956, Tweedie's formula; M^{-1} where the mean is M x_0)
+                 = x_t - t (f - Sigma s - div Sigma) + O(t^2)      where there is no kernel
     E[eps | x_t] = -L^T s
     velocity     = f - 1/2 Sigma s - 1/2 div Sigma
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.sdes.base import SDE
-from scoresde_cli.sdes.operators import LinearOperator
+from scoresde_cli.sdes.operators import LinearOperator, expand
 
 
 class FieldModel(ABC):
@@ -75,14 +76,21 @@ class FieldModel(ABC):
             "log_density": lambda: self.log_density(x, t),
             "velocity": lambda: self.sde.velocity(x, t, s),
             "eps": lambda: -self._kernel().factor(t).mul_t(s),
-            "x0": lambda: self._kernel().origin(x + self._kernel().factor(t).cov(s), t),
+            "x0": lambda: self._origin(x, t, s),
         }
         return {name: known[name]() for name in names}
+
+    def _origin(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """E[x_0 | x_t]; without a kernel to first order in t, by one step of the reverse SDE's drift."""
+        kernel = self.sde.kernel()
+        if kernel is None:
+            return x - expand(t, x) * self.sde.reverse_drift(x, t, s)
+        return kernel.origin(x + kernel.factor(t).cov(s), t)
 
     def _kernel(self):  # type: ignore[no-untyped-def]
         kernel = self.sde.kernel()
         if kernel is None:
-            raise ScoreSDEError("eps and x0 need a process with a closed-form kernel; this one has none")
+            raise ScoreSDEError("eps needs a process with a closed-form kernel; this one has none")
         return kernel
 
 

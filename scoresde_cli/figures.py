@@ -147,14 +147,15 @@ def marginals(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: 
         return finish(figure, path)
 
 
-def tiles(images: np.ndarray, side: int, low: float, high: float) -> np.ndarray:
-    """Images (n, C, H, W) as one picture in [0, 1] of side x side tiles with lines of half grey between them, (., ., C)."""
-    count, (channels, height, width) = side * side, images.shape[1:]
+def tiles(images: np.ndarray, side: int, low: float, high: float, down: int | None = None) -> np.ndarray:
+    """Images (n, C, H, W) as one picture in [0, 1] of `down` (side) x side tiles, lines of half grey between them, (., ., C)."""
+    down = down or side
+    count, (channels, height, width) = down * side, images.shape[1:]
     grey = np.clip((images[:count] - low) / (high - low), 0, 1)
     framed = np.full((count, channels, height + 1, width + 1), 0.5)
     framed[: len(grey), :, 1:, 1:] = grey
-    rows = framed.reshape(side, side, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
-    return rows.reshape(side * (height + 1), side * (width + 1), channels)
+    rows = framed.reshape(down, side, channels, height + 1, width + 1).transpose(0, 3, 1, 4, 2)
+    return rows.reshape(down * (height + 1), side * (width + 1), channels)
 
 
 def grey_ends(data: Dataset) -> tuple[float, float]:
@@ -249,6 +250,20 @@ def image_grids(a: np.ndarray, b: np.ndarray, title: str, path: Path, side: int 
         return finish(figure, path)
 
 
+def class_grid(data: Dataset, of_classes: Tensor, title: str, path: Path, across: int = 10) -> Path:
+    """Samples (classes, k, *D) drawn for each class, in model coordinates, one row of images a class, on the data's grey scale."""
+    u = of_classes[:, :across].contiguous()
+    rows, columns = u.shape[:2]
+    grid = tiles(data.units.to_user(u.flatten(0, 1)).numpy(), columns, *grey_ends(data), down=rows)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(5, 0.5 + 4.5 * rows / columns))
+        axes.imshow(grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+        axes.set_yticks((np.arange(rows) + 0.5) * grid.shape[0] / rows, data.classes, fontsize=8)
+        axes.set_xticks([])
+        axes.set_title(title, fontsize=8)
+        return finish(figure, path)
+
+
 def score_curves(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> Path:
     """The error of a field by time, on logarithmic axes, with its interval: the model's and the baseline's."""
     field = next(iter(curves)).removesuffix("_error")
@@ -300,21 +315,25 @@ def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path
         return u, v, torch.from_numpy(np.stack([u.ravel(), v.ravel()], axis=1)).to(like)
 
     u, v, points = mesh(side)
-    flow = likelihood.Flow(steps=20)
-    log = likelihood.log_prob(model, model.sde, points, t_min, flow).value.cpu().numpy().reshape(side, side)
+    still, t_field = model.sde.still, 0.05 * model.sde.T
+    if still:  # an energy network: up to a constant
+        found = model.log_density(points, torch.full((len(points),), t_min).to(like))
+    else:
+        found = likelihood.log_prob(model, model.sde, points, t_min, likelihood.Flow(steps=20)).value
+    log = found.cpu().numpy().reshape(side, side)
     top = float(np.nanmax(log))
     a, b, coarse = mesh(22)
-    t_field = 0.05 * model.sde.T
     score = model.score(coarse, torch.full((len(coarse),), t_field).to(like)).cpu().double().numpy()
     length = np.linalg.norm(score, axis=1, keepdims=True)
     arrows = score / np.maximum(length, 1e-9) * np.minimum(length / np.quantile(length, 0.6), 1.0)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.6), sharex=True, sharey=True)
         shown = axes[0].contourf(u, v, np.maximum(log, top - 9), levels=np.linspace(top - 9, top, 19), cmap="magma")
-        figure.colorbar(shown, ax=axes[0], label="log p, nats")
-        axes[0].set_title(f"learnt log-density, t = {t_min:g} (black: 9 below the top)", fontsize=9)
+        figure.colorbar(shown, ax=axes[0], label="log p, up to a constant" if still else "log p, nats")
+        at, when = ("", "") if still else (f", t = {t_min:g}", f", t = {t_field:g}")
+        axes[0].set_title(f"learnt log-density{at} (black: 9 below the top)", fontsize=9)
         axes[1].scatter(*x[:3000].T.numpy(), s=1, alpha=0.25, color=DATA, lw=0)
         axes[1].quiver(a, b, arrows[:, 0], arrows[:, 1], color=MODEL, scale=26, width=0.004)
-        axes[1].set_title(f"learnt score, t = {t_field:g} (long arrows cut)", fontsize=9)
+        axes[1].set_title(f"learnt score{when} (long arrows cut)", fontsize=9)
         figure.suptitle(title, fontsize=8)
         return finish(figure, path)

@@ -21,6 +21,9 @@ FLAGS: dict[str, tuple[str, ...] | None] = {
 }  # fmt: skip
 
 
+OWN = ("sde.drift.", "sde.diffusion.")  # a user's own classes stand below
+
+
 def run(name: str, module: str, arguments: list[str]) -> int:
     """Compose conf/NAME.yaml with the overrides and hand it to `task(config)` of the command's module."""
     flags, overrides = sort_arguments(name, arguments)
@@ -50,10 +53,7 @@ def run_sweep(name: str, module: str, flags: list[str], overrides: list[str], ar
 
     varying, fixed = split_sweep(name, overrides)
     check_values(name, flags, varying, fixed)
-    chosen = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("hydra.sweep.dir=")), None)
-    if chosen and "${" in chosen:
-        raise ScoreSDEError(f"hydra.sweep.dir={chosen}: expected a plain path, so that the same command finds it again")
-    folder = Path(chosen.strip("'\"")) if chosen else Path(sweeps.sweep_folder(fixed, list(varying)))
+    folder = sweep_place(overrides, varying, fixed)
     keys = ",".join(re.split("=", o.lstrip("+~"), maxsplit=1)[0] for o in fixed if not o.startswith("hydra"))
     own = [f"hydra.sweep.dir={configs.quoted(str(folder))}", f"hydra.job.config.override_dirname.exclude_keys=[{keys}]"]
     began = time.time() - 1.0  # the clock of the file system may be coarser
@@ -64,6 +64,16 @@ def run_sweep(name: str, module: str, flags: list[str], overrides: list[str], ar
             raise Stopped(f"{stop}; the same command goes on with the sweep in {folder}", stop.exit_code) from None
     sweeps.conclude(folder, began)
     return code
+
+
+def sweep_place(overrides: list[str], varying: dict[str, list[str]], fixed: list[str]) -> Path:
+    """The directory of a sweep: the one that is named, or that of its settings."""
+    from scoresde_cli import sweeps
+
+    chosen = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("hydra.sweep.dir=")), None)
+    if chosen and "${" in chosen:
+        raise ScoreSDEError(f"hydra.sweep.dir={chosen}: expected a plain path, so that the same command finds it again")
+    return Path(chosen.strip("'\"")) if chosen else Path(sweeps.sweep_folder(fixed, list(varying)))
 
 
 def split_sweep(name: str, overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -198,7 +208,12 @@ def sort_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str
 
 
 def keys_alone(name: str, overrides: list[str]) -> list[str]:
-    """`sampler.steps=10` of a command that takes the run's own sampler unless one is named: the key changes that one."""
+    """Keys that no config holds yet, with the plus signs that Hydra wants for them.
+
+    `sampler.steps=10` of a command that takes the run's own sampler unless one is named: the key changes that one; and what is said
+    of a user's own classes, `sde.drift._target_=module.Class sde.drift.rate=2`.
+    """
+    overrides = [f"++{o}" if o.startswith(OWN) else o for o in overrides]
     if configs.groups(name).get("sampler", "") is not None or any(o.startswith("sampler=") for o in overrides):
         return overrides
     return [f"++{o}" if o.startswith("sampler.") else o for o in overrides]
@@ -242,7 +257,9 @@ def translate(problem: Exception, name: str, overrides: list[str]) -> ScoreSDEEr
     option = re.search(r"Could not find '(.+)/([^'/]*)'", text)
     if option:
         group, given = option.groups()
-        choices = configs.options(group) or re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        if given == "submitit_slurm" and not any(given in o for o in overrides):
+            return ScoreSDEError("hydra/launcher=slurm needs submitit: pip install 'scoresde[slurm]'")
+        choices = sorted({*configs.options(group), *re.findall(r"^\t(\S+)$", text, re.MULTILINE)})
         if choices:
             return ScoreSDEError(
                 f"{group}={given}: no such option; expected one of {', '.join(choices)}{nearest(given, choices)}"

@@ -9,12 +9,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scoresde_cli.claims import BEGAN, PARENT, abandoned
+from scoresde_cli import slurm
+from scoresde_cli.claims import BEGAN, PARENT, TASK, abandoned
 from scoresde_cli.configs import quoted
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.sweeps import give_up
@@ -52,11 +53,20 @@ def launch(
 @contextmanager
 def workers() -> Iterator[None]:
     """Jobs that are launched in here know their sweep, and outlive the loss of a worker of the joblib launcher."""
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 
-    once = JoblibLauncher.launch
+    patches: dict[Any, Launch] = {
+        JoblibLauncher: patient(JoblibLauncher.launch), BasicLauncher: selected(BasicLauncher.launch),
+    }  # fmt: skip
     os.environ |= {PARENT: str(os.getpid()), BEGAN: str(time.time())}
-    JoblibLauncher.launch = patient(once)
+    with suppress(ImportError):  # an extra
+        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+
+        patches[SlurmLauncher] = on_slurm
+    before = {launcher: launcher.launch for launcher in patches}
+    for launcher, launch in patches.items():
+        launcher.launch = launch
     try:
         yield
     except Exception as problem:
@@ -64,7 +74,8 @@ def workers() -> Iterator[None]:
             raise
         raise ScoreSDEError(f"a worker was {KILLED}; the same command goes on with the rest") from None
     finally:
-        JoblibLauncher.launch = once
+        for launcher, launch in before.items():
+            launcher.launch = launch
         for name in (PARENT, BEGAN):
             os.environ.pop(name, None)
 
@@ -79,6 +90,26 @@ class Since:
     def __call__(self, config: Any) -> Any:
         os.environ[BEGAN] = self.began
         return self.task(config)
+
+
+def on_slurm(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
+    """The launcher of hydra/launcher=slurm."""
+    launcher.task_function = Since(launcher.task_function, os.environ[BEGAN])
+    return slurm.launch(launcher, job_overrides, initial_job_idx)
+
+
+def selected(once: Launch) -> Launch:
+    """A launcher's `launch` of one job of the sweep alone, where the environment names its number: a task of a batch array."""
+
+    def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
+        number = os.environ.get(TASK)
+        if number is None or len(job_overrides) == 1:
+            return once(launcher, job_overrides, initial_job_idx)
+        if not int(number) < len(job_overrides):
+            raise ScoreSDEError(f"{TASK}={number}: the sweep has {len(job_overrides)} jobs, counted from 0")
+        return once(launcher, [job_overrides[int(number)]], int(number))
+
+    return launch
 
 
 def lost_worker(problem: Exception) -> bool:

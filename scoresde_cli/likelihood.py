@@ -18,7 +18,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from scoresde_cli import divergence
+from scoresde_cli import divergence, processes
 from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.projections import Projection
@@ -83,15 +83,18 @@ def log_prob(
             f"log p needs the velocity of the flow, which under jumps is not the score's alone; the model has "
             f"{', '.join(sorted(model.provides))} (loss=table_dsm, augmented_dsm and implicit_flux learn it)"
         )
-    found, spent, white, shift = [], 0.0, sde.whitening(), 0.0
+    white, shift = sde.whitening(), 0.0
     if white is not None:  # x = W z: log p(x) = log p(z) - log |det W|
         model, sde, x = model.whitened(), white.sde, white.into(x)
         shift = float(white.factor.logdet(x[0].numel()))
-    for i, part in enumerate(x.split(ROWS)):
-        estimates, nfe = integrate(model, sde, part, t_min, flow, generator(seed, "probes", i, device=x.device))
-        found.append(estimates)
-        spent += nfe * len(part) / len(x)
-    return LogDensity(torch.cat(found, dim=1) - shift, spent)
+    parts = x.split(ROWS)
+
+    def of_part(i: int) -> tuple[Tensor, float]:
+        estimates, nfe = integrate(model, sde, parts[i], t_min, flow, generator(seed, "probes", i, device=x.device))
+        return estimates, nfe * len(parts[i]) / len(x)
+
+    found, spent = zip(*processes.shared(len(parts), of_part), strict=True)
+    return LogDensity(torch.cat(found, dim=1).to(x.device) - shift, sum(spent))
 
 
 def integrate(

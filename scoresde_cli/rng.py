@@ -16,12 +16,12 @@ def generator(seed: int, purpose: str, *indices: int | str, device: str | torch.
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def seed_global(source: torch.Generator) -> None:
-    """Seed the global generators as `source` is: for what a user's network draws of them (dropout).
+def seed_global(source: torch.Generator, rank: int = 0) -> None:
+    """Seed the global generators as `source` is: for what a user's network draws of them (dropout), in each process its own.
 
     torch.manual_seed would do, but takes the stack apart three times where there is no GPU.
     """
-    seed = source.initial_seed()
+    seed = source.initial_seed() + rank
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)

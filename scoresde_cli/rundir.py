@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from scoresde_cli import __version__
+from scoresde_cli import __version__, processes
 from scoresde_cli.compose import Parts
 from scoresde_cli.configs import moved, refuse_foreign
 from scoresde_cli.errors import ScoreSDEError, Unreadable, one_line
@@ -210,7 +210,8 @@ class RunDir:
             {
                 "format": FORMAT, "id": identity(config), "scoresde": __version__, "command": command, "status": "running",
                 "seed": parts.settings.seed, "device": str(parts.device), "precision": parts.settings.precision,
-                "data": parts.data.facts, "started": now(), "sessions": [{"started": now(), "pid": os.getpid()}],
+                "data": parts.data.facts, "started": now(),
+                "sessions": [{"started": now(), "pid": os.getpid(), "processes": processes.size()}],
                 "versions": versions(), "git": git_state(), "host": socket.gethostname(), "threads": torch.get_num_threads(),
             },
         )  # fmt: skip

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scoresde_cli.claims import BEGAN, PATIENCE, follow_parent
+from scoresde_cli.claims import BEGAN, PATIENCE, TASK, follow_parent
 from scoresde_cli.errors import ScoreSDEError, Unreadable, in_words, one_line
 from scoresde_cli.provenance import ASIDE, difference, digest
 from scoresde_cli.rundir import RunDir
@@ -81,6 +81,8 @@ def outcome(folder: Path) -> Iterator[None]:
         yield
     except Exception as problem:
         line, code = in_words(problem) or (f"internal error: {type(problem).__name__}: {problem}", 1)
+        if type(problem).__name__ == "UncompletedJobError":  # of submitit
+            line = "came to the end of its time too often (hydra.launcher.timeout_min, max_num_timeout); what it did is saved"
         give_up(folder, one_line(line), code, traceback.format_exc())
 
 
@@ -88,7 +90,7 @@ def give_up(folder: Path, line: str, code: int = ScoreSDEError.exit_code, trace:
     """Say that a job failed, and keep it beside its directory."""
     console.warn(f"{folder.name} failed: {line}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"line": line, "code": code, "traceback": trace}
+    entry = {"line": line, "code": code, "traceback": trace, "pid": os.getpid()}
     write_durably(failure_file(folder), (json.dumps(entry, indent=1) + "\n").encode())
 
 
@@ -109,7 +111,9 @@ def failures(folder: Path, since: float = 0.0) -> list[Failure]:
                 entry = json.loads(file.read_text())
                 line, code = str(entry["line"]), int(entry["code"])
             except (OSError, ValueError, KeyError, TypeError):
-                line, code = f"{file} is not readable", Unreadable.exit_code
+                entry, line, code = {}, f"{file} is not readable", Unreadable.exit_code
+            if TASK in os.environ and entry.get("pid") != os.getpid():
+                continue  # another task's
             found.append(Failure(file.name.removesuffix(".failed.json"), line, code))
     return found
 

@@ -5,7 +5,9 @@ They decide speed, memory and the last bits of the numbers, so a resumed or repe
 
 import contextlib
 import dataclasses
+import math
 import os
+import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from scoresde_cli import divergence
+from scoresde_cli import divergence, processes
 from scoresde_cli.compose import ALL_THREADS, Parts
 from scoresde_cli.errors import ScoreSDEError, one_line
 from scoresde_cli.fields import FieldModel
@@ -25,11 +28,12 @@ from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.tracking import console
-from scoresde_cli.training import directions
+from scoresde_cli.training import directions, rows
 
 # Seen on two CPU cores, perceptrons of 0.05 to 5 million weights: 7 to 30 s to compile forward and backward, and a step
 # that is 0 to 30 percent shorter. `auto` compiles where a gain of GAIN would repay the wait, and keeps what is faster.
 COMPILE_SECONDS, GAIN = 20.0, 0.1
+LONG = 60.0  # seconds of training from which on it is said beforehand
 MOST_BYTES = 2 << 30  # for the tangents that the backward pass needs, and never more than a quarter of the free memory
 
 
@@ -44,6 +48,7 @@ def settle(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, 
         try:
             plain.chunk = pick_chunk(parts) if chunk == "auto" else chunk
             field = pick_field(parts, plain, done)
+            say_how_long(parts, field, done)
             divergences = {**parts.settings.divergence, "chunk": plain.chunk, **pick_costs(parts)}
         except (ScoreSDEError, OSError, MemoryError):
             raise
@@ -57,17 +62,60 @@ def settle(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, 
     return dataclasses.replace(parts, field=field, settings=kept), {**config, **found}
 
 
+def settle_together(parts: Parts, config: dict[str, Any], done: int = 0) -> tuple[Parts, dict[str, Any]]:
+    """`settle` for this process's part of a batch: the first one measures, alone on the machine, and the others take what it finds.
+
+    The parts are then those of the whole batch.
+    """
+    rows.check(parts.model.network, parts.settings.batch_size, parts.settings.accumulate)
+    if processes.size() == 1:
+        return settle(parts, config, done)
+    part = parts.settings.batch_size // processes.size()
+    mine = dataclasses.replace(parts, settings=dataclasses.replace(parts.settings, batch_size=part))
+    with processes.alone():
+        mine, config = settle(mine, config, done)
+    whole = dataclasses.replace(mine.settings, batch_size=parts.settings.batch_size)
+    return dataclasses.replace(mine, settings=whole), config
+
+
 def pick_threads(parts: Parts) -> int:
     """One thread for a step of under 1 GFlop, where a second one gains little and loses much on a busy machine."""
-    weights = sum(p.numel() for p in parts.model.parameters())
     passes = 1 + parts.loss.tangents(parts.d)
-    return 1 if 6 * weights * parts.settings.batch_size * passes < 1e9 else ALL_THREADS
+    small = 3 * work(parts) * parts.settings.batch_size * passes < 1e9
+    return 1 if small else max(1, ALL_THREADS // processes.local_size())
+
+
+def work(parts: Parts) -> float:
+    """Floating-point operations of the network for one sample: two for each weight, more where one serves many pixels."""
+    if not getattr(parts.model.network, "spatial", False):
+        return 2.0 * sum(p.numel() for p in parts.model.parameters())
+    x = parts.data.splits["train"][:1].to(device=parts.device, dtype=parts.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        parts.model.score(x, torch.full((1,), 0.5 * parts.sde.T, device=x.device, dtype=x.dtype))
+    return float(counted.get_total_flops())
+
+
+def say_how_long(parts: Parts, field: FieldModel, done: int) -> None:
+    """Time and memory of a step and the estimate of the whole, in a line, where it is more than LONG seconds."""
+    s = parts.settings
+    each = s.accumulate * seconds_of(parts, [field], 1)[0]
+    whole = min((s.steps - done) * each, s.max_seconds or math.inf)
+    if whole <= LONG:
+        return
+    if parts.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(parts.device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    console.note(
+        f"about {each:.2g} s a step, {whole / 60:.0f} minutes for {min(s.steps - done, round(whole / each))} steps; "
+        f"memory {peak:.0f} MB so far"
+    )
 
 
 def batch(parts: Parts) -> Tensor:
-    """Training rows enough for one step, on the device."""
-    rows = torch.arange(parts.settings.batch_size) % len(parts.data.splits["train"])
-    return parts.data.splits["train"][rows].to(device=parts.device, dtype=parts.dtype)
+    """Training rows enough for one step (one part of it with `accumulate`), on the device."""
+    picked = torch.arange(parts.settings.batch_size // parts.settings.accumulate) % len(parts.data.splits["train"])
+    return parts.data.splits["train"][picked].to(device=parts.device, dtype=parts.dtype)
 
 
 def available_memory(device: torch.device) -> int:

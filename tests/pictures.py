@@ -4,6 +4,7 @@ import gzip
 import struct
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -31,3 +32,14 @@ def write_pictures(folder, n=30, sizes=((8, 8),), mode="RGB", names=None, seed=0
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(levels).convert(mode).save(file)
     return folder
+
+
+def write_hf(folder, n=60, size=(8, 8), seed=0):
+    """A set of random images of three named classes, as Hugging Face's save_to_disk writes it; the folder."""
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    rng = np.random.default_rng(seed)
+    pictures = [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog", "owl"])})
+    rows = datasets.Dataset.from_dict({"img": pictures, "kind": [i % 3 for i in range(n)]}, features=features)
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(30))}).save_to_disk(str(folder / "set"))
+    return folder / "set"

@@ -18,12 +18,13 @@ from scoresde_cli.errors import ScoreSDEError, Unreadable
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.vp import VP
 from tests.laws import MIXTURES, SDES, name
-from tests.pictures import write_idx, write_pictures
+from tests.pictures import write_hf, write_idx, write_pictures
 
 FILES = {  # for the data sets that are a user's own: (folder) -> path
     "table": lambda folder: str(frame().to_csv(folder / "t.csv", index=False) or folder / "t.csv"),
     "idx": lambda folder: str(write_idx(folder)),
     "image_folder": lambda folder: str(write_pictures(folder)),
+    "hf": lambda folder: str(write_hf(folder)),
 }
 
 

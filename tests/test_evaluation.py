@@ -1,6 +1,7 @@
 """What a run says of itself: intervals that cover, and a verdict that is neither kind nor unfair."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from scoresde_cli import configs, divergence
 from scoresde_cli.compose import compose
 from scoresde_cli.datasets.digits import Digits
+from scoresde_cli.datasets.idx import IDX
 from scoresde_cli.datasets.mixtures import EightGaussians
 from scoresde_cli.datasets.planar import Moons
 from scoresde_cli.datasets.table import Table
@@ -24,9 +26,16 @@ from scoresde_cli.evaluation import (
     unlike,
     verdict,
 )
+from scoresde_cli.identity import randomise
 from scoresde_cli.likelihood import Flow
 from scoresde_cli.metrics.nll import nll
-from scoresde_cli.networks.model import ScoreModel
+from scoresde_cli.networks.flow_model import gaussian_model
+from scoresde_cli.networks.model import ScoreModel, fit_gaussian
+from scoresde_cli.networks.parameterisation import Residual
+from scoresde_cli.networks.unet import UNet
+from scoresde_cli.projections import Coordinate, Rademacher
+from scoresde_cli.sdes.vp import VP
+from tests.pictures import write_idx
 
 
 def config(**changes):
@@ -173,7 +182,7 @@ def test_the_likelihood_of_images_is_in_bits_of_their_levels():
 
 
 def test_what_is_measured_fits_the_data():
-    assert set(pick_metrics(None, EightGaussians(n=100))) == set(METRICS) - {"frechet_pca", "fid", "kid"}
+    assert set(pick_metrics(None, EightGaussians(n=100))) == set(METRICS) - {"frechet_pca", "classifier", "fid", "kid"}
     assert not {"score_error", "mode_weights"} & set(pick_metrics(None, Moons(n=100)))
     assert "frechet_pca" in pick_metrics(None, Digits())
     for asked, says in ((["nil"], "did you mean 'nll'"), (["score_error"], "not known"), (["frechet_pca"], "image")):
@@ -215,6 +224,41 @@ def test_coarser_levels_take_fewer_bits():
     parts.data.quantum = 2.0 * parts.data.quantum
     wide = nll(parts.model, parts.baseline, parts.data, x, 1e-3, Flow(steps=5), 0)["nll"]["value"]
     assert wide == pytest.approx(one["value"] - 1.0, abs=1e-9)
+
+
+def images_of(folder, size, **network):
+    """IDX images of size x size pixels with their noise, a small U-Net that is not zero on them, and the Gaussian baseline."""
+    data = IDX(str(write_idx(folder, height=size, width=size)), dequantise=True)
+    gaussian = fit_gaussian(data.splits["train"], "isotropic")
+    model = ScoreModel(randomise(UNet(data.shape, channels=4, multipliers=[1, 2]), 0), VP(), Residual(), gaussian).float()
+    return data, model, gaussian_model(VP(), gaussian).float()
+
+
+def test_a_change_of_scale_moves_the_bits_of_28_x_28_pixels_by_its_jacobian_alone(tmp_path):
+    """Values three times as large: log2 3 bits a dimension more for the density, none for levels three times as wide."""
+    data, model, baseline = images_of(tmp_path, 28)
+
+    def found():
+        return nll(model, baseline, data, data.splits["test"][:3], 1e-3, Flow(steps=3), 0)["nll"]
+
+    one = found()
+    assert one["protocol"]["divergence"].startswith("Rademacher, 1 directions")  # 784 unit directions would be the exact trace
+    assert one["detail"]["standard_error_of_the_directions"] > 0
+    assert one["ci"][0] < one["value"] < one["ci"][1]
+    data.units = replace(data.units, scale=3.0 * data.units.scale, shift=3.0 * data.units.shift)
+    assert found()["value"] == pytest.approx(one["value"] + math.log2(3.0), abs=1e-9)
+    data.quantum = 3.0 * data.quantum
+    assert found()["value"] == pytest.approx(one["value"], abs=1e-9)
+
+
+def test_random_directions_give_the_likelihood_that_the_exact_trace_gives(tmp_path):
+    data, model, baseline = images_of(tmp_path, 12)
+    x = data.splits["test"][:4]
+    exact = nll(model, baseline, data, x, 1e-3, Flow(steps=3, projection=Coordinate(), n_proj=144, repeats=1), 0)["nll"]
+    drawn = nll(model, baseline, data, x, 1e-3, Flow(steps=3, projection=Rademacher(), repeats=40), 0)["nll"]
+    error = drawn["detail"]["standard_error_of_the_directions"]
+    assert abs(drawn["value"] - exact["value"]) < 4 * error
+    assert error < 0.2 * abs(exact["value"])  # so that the line above can fail
 
 
 def test_pairs_of_finite_data_are_disjoint_and_keep_equal_rows_on_one_side(tmp_path):

@@ -1,7 +1,10 @@
 """Image sets: grey levels there and back, area pooling, IDX files, folders of pictures."""
 
 import gzip
+import re
 import struct
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from scoresde_cli.datasets.base import split_rows
 from scoresde_cli.datasets.digits import Digits
+from scoresde_cli.datasets.hf import HF
 from scoresde_cli.datasets.idx import IDX
 from scoresde_cli.datasets.image_folder import ImageFolder
 from scoresde_cli.datasets.images import area_pool, unmirrored
@@ -19,7 +23,7 @@ from scoresde_cli.networks.model import fit_gaussian
 from scoresde_cli.rng import generator, uniform
 from scoresde_cli.stored import pack_data, unpack_data
 from tests.conftest import SHARED
-from tests.pictures import idx_bytes, write_idx, write_pictures
+from tests.pictures import idx_bytes, write_hf, write_idx, write_pictures
 
 F64 = torch.float64
 
@@ -306,3 +310,50 @@ def test_folders_that_cannot_serve_are_refused(tmp_path):
         ImageFolder(str(big))
     with pytest.raises(Unreadable, match="all images have the label 'big'"):
         ImageFolder(str(write_pictures(tmp_path / "one", 20, names=["big"])), labels=True)
+
+
+def test_a_set_by_name_is_its_images_with_the_names_of_its_classes(tmp_path):
+    place = write_hf(tmp_path)
+    import datasets
+
+    rows = datasets.load_from_disk(str(place))["train"]
+    file = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in rows["img"][:]])
+    data = HF(str(place), labels=True)
+    assert data.shape == (3, 8, 8)
+    assert data.classes == ["cat", "dog", "owl"]
+    found = {u.round().to(torch.uint8).numpy().tobytes(): int(k) for s in data.splits
+             for u, k in zip(data.units.to_user(data.splits[s]), data.labels[s], strict=True)}  # fmt: skip
+    assert found == {image.tobytes(): kind for image, kind in zip(file, rows["kind"][:], strict=True)}
+    assert HF(str(place)).labels is None
+    assert HF(str(place)).known is not None
+    assert HF(str(place), part="test", channels=1, size=4, fit="resize").shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"part": "tset"}, "did you mean 'test'"), ({"image": "kind"}, "no column of images"),
+        ({"label": "knd"}, "did you mean 'kind'"), ({"n": 100}, "holds 60 images"), ({"fit": "crop"}, "to which size"),
+        ({"size": 4}, "data.fit=crop"),
+    ],
+)  # fmt: skip
+def test_what_a_set_by_name_lacks_is_said(settings, says, tmp_path):
+    with pytest.raises(ScoreSDEError, match=re.escape(says)):
+        HF(str(write_hf(tmp_path)), **settings)
+
+
+def test_without_package_network_or_set_there_is_one_line(monkeypatch):
+    def away(*args, **kwargs):
+        raise ConnectionError("Couldn't reach\nthe Hub")
+
+    stand_in = SimpleNamespace(
+        disable_progress_bars=lambda: None, DownloadConfig=lambda **keys: None, load_dataset=away, DatasetDict=dict
+    )
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    monkeypatch.setattr("scoresde_cli.datasets.hf.reachable", lambda: True)
+    with pytest.raises(ScoreSDEError, match=r"data.path=mnits: not to be had .*did you mean 'mnist'") as found:
+        HF("mnits")
+    assert "\n" not in str(found.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ScoreSDEError, match=r"pip install 'scoresde\[images\]'"):
+        HF("mnist")

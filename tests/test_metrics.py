@@ -20,6 +20,7 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.metrics import mmd, prdc, tails
 from scoresde_cli.metrics.base import PAIRS, RESAMPLES, chance, compare, halves, interval
 from scoresde_cli.metrics.c2st import C2ST
+from scoresde_cli.metrics.classifier import Classifier
 from scoresde_cli.metrics.columns import Columns
 from scoresde_cli.metrics.energy import EnergyDistance, energy_distance
 from scoresde_cli.metrics.frechet import FrechetPCA, frechet
@@ -34,6 +35,7 @@ from scoresde_cli.metrics.score_error import bootstrap_mean, score_error
 from scoresde_cli.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from scoresde_cli.metrics.tails import Tails, hill
 from scoresde_cli.metrics.wasserstein import Wasserstein
+from scoresde_cli.metrics.whitened import WhitenedSlicedWasserstein
 from scoresde_cli.networks.model import ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.rng import generator, normal, uniform
@@ -73,6 +75,23 @@ class Pictures(Normal):
         return 0.27 * (z + 0.5 * z.roll(1, 3))
 
 
+class Blobs(Normal):
+    """Images of 4 x 4 noisy pixels, dark, grey or light. Distorted (below), the dark ones come to lie between dark and grey."""
+
+    patterns = torch.tensor([-0.42, 0.07, 0.6], dtype=F64)[:, None, None, None].expand(3, 1, 4, 4)
+
+    def __init__(self):
+        super().__init__((1, 4, 4))
+        self.known = {name: self.classes_of(x) for name, x in self.splits.items()}, ["dark", "grey", "light"]
+
+    def classes_of(self, x):
+        return (x.flatten(1).double().mean(1, keepdim=True) - self.patterns[:, 0, 0, 0]).abs().argmin(1)
+
+    def draw(self, n, source):
+        k = torch.bucketize(uniform((n,), source, F64), torch.tensor([0.7, 0.85], dtype=F64))
+        return self.patterns[k] + 0.5 * super().draw(n, source)
+
+
 class Tiny(torch.nn.Module):
     """Six fixed features of an image."""
 
@@ -88,7 +107,7 @@ class Tiny(torch.nn.Module):
         return torch.tanh(torch.nn.functional.conv2d(x.to(self.weight) / 64 - 2, self.weight)).flatten(2).mean(2)
 
 
-FLAT, PICTURES, TINY = SampledMixture(three_modes(), 1000, 0), Pictures(), Tiny()
+FLAT, PICTURES, BLOBS, TINY = SampledMixture(three_modes(), 1000, 0), Pictures(), Blobs(), Tiny()
 
 
 def test_sliced_wasserstein_agrees_with_pot():
@@ -429,6 +448,22 @@ def images(seed, n=120):
     return PICTURES.fresh(n, generator(seed, "images"))
 
 
+def test_the_classifiers_agree_on_clear_images_and_count_the_classes():
+    judge, k = Classifier(BLOBS), torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    clear, held_out = BLOBS.patterns[k].float(), BLOBS.patterns[torch.tensor([0, 1, 2, 2])].float()
+    found = judge.measure(clear, held_out)
+    assert found["classifier_agreement"] == 1.0
+    assert found["class_balance"] == pytest.approx(0.5 * (0.25 + 0.05 + 0.3))
+    entry = judge.label_accuracy(clear, k, 0)
+    assert entry["value"] == 1.0
+    assert entry["detail"]["samples"] == [1.0, 1.0, 1.0]
+    wrong = judge.label_accuracy(clear, torch.where(k == 0, 1, k), 0)
+    assert wrong["value"] == 0.5
+    assert wrong["ci"][0] < 0.5 < wrong["ci"][1]
+    real = (judge.seen(BLOBS.splits["test"])[:, 0] == BLOBS.known[0]["test"]).double().mean()
+    assert entry["floor"] == float(real) > 0.9
+
+
 def test_images_become_bytes_as_torchmetrics_wants_them():
     x = torch.tensor([-1.5, -1.0, 0.0, 1.0, 2.0]).reshape(5, 1, 1, 1)
     assert to_bytes(x)[:, :, 0, 0].tolist() == [[v] * 3 for v in (0, 0, 128, 255, 255)]
@@ -481,11 +516,13 @@ def test_inception_without_its_packages_says_what_to_install(monkeypatch):
 
 # Rows at which thousands of evaluations are affordable; a quick classifier in place of the judges' vote.
 CHECKED = [
-    (SlicedWasserstein(FLAT), 100), (EnergyDistance(FLAT), 100), (Wasserstein(FLAT), 60), (MMD(FLAT), 100),
+    (SlicedWasserstein(FLAT), 100), (WhitenedSlicedWasserstein(FLAT), 100), (EnergyDistance(FLAT), 100),
+    (Wasserstein(FLAT), 60), (MMD(FLAT), 100),
     (C2ST(FLAT, GaussianNB()), 60), (PRDC(FLAT), 100), (ModeWeights(FLAT), 100), (Columns(FLAT), 100),
-    (Tails(FLAT), 1000), (FrechetPCA(PICTURES), 100), (FID(PICTURES, TINY), 50), (KID(PICTURES, TINY), 50),
+    (Tails(FLAT), 1000), (FrechetPCA(PICTURES), 100), (Classifier(BLOBS), 100),
+    (FID(PICTURES, TINY), 50), (KID(PICTURES, TINY), 50),
 ]  # fmt: skip
-WITH_TIES = {"precision", "recall", "coverage", "c2st"}
+WITH_TIES = {"precision", "recall", "coverage", "c2st", "classifier_agreement", "class_balance"}
 every_metric = pytest.mark.parametrize(
     ("metric", "m"), [pytest.param(*case, id=type(case[0]).__name__) for case in CHECKED]
 )
@@ -577,17 +614,19 @@ def test_degenerate_samples_have_finite_numbers(metric, m, what):
 
 
 def test_metrics_know_the_data_they_mean_nothing_on():
-    flat, picture = Normal(), Pictures()
+    flat, picture = Normal(), Blobs()
     one_mode = SampledMixture(correlated_gaussian(), 100, 0)
     fits = {
         metric: [metric.unfit(data) is None for data in (FLAT, one_mode, flat, picture)]
-        for metric in (Wasserstein, C2ST, ModeWeights, Columns, Tails, FrechetPCA, FID, KID)
+        for metric in (Wasserstein, C2ST, ModeWeights, Columns, Tails, FrechetPCA, Classifier, FID, KID)
     }  # fmt: skip
     yes, no = True, False
     assert fits == {
         Wasserstein: [yes] * 4, C2ST: [yes] * 4, ModeWeights: [yes, no, no, no], Columns: [yes, yes, yes, no],
-        Tails: [yes, yes, yes, no], FrechetPCA: [no, no, no, yes], FID: [no, no, no, yes], KID: [no, no, no, yes],
+        Tails: [yes, yes, yes, no], FrechetPCA: [no, no, no, yes], Classifier: [no, no, no, yes], FID: [no, no, no, yes],
+        KID: [no, no, no, yes],
     }  # fmt: skip
+    assert "known classes" in Classifier.unfit(PICTURES)
     picture.shape = (2, 4, 4)
     assert "2 channels" in FID.unfit(picture)
 

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from scoresde_cli import divergence
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import randomise
 from scoresde_cli.networks.energy_mlp import EnergyMLP
 from scoresde_cli.networks.log_mlp import LogMLP
 from scoresde_cli.networks.mlp import MLP
 from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
-from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual
+from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual, covariance_for
 from scoresde_cli.networks.resmlp import ResMLP
+from scoresde_cli.networks.unet import UNet
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
@@ -59,6 +61,7 @@ NETWORKS = {
     "energy": lambda s: EnergyMLP(s, 16, 3),
     "energy, one layer": lambda s: EnergyMLP(s, 16, 1, "tanh"),
     "energy, gelu": lambda s: EnergyMLP(s, 16, 2, "gelu"),
+    "unet": lambda s: UNet(s, channels=4, multipliers=[1, 2]),
     "plain": Plain,
     "plain energy": PlainEnergy,
 }
@@ -210,7 +213,7 @@ def test_the_trace_does_not_depend_on_the_chunk():
         assert torch.allclose(divergence.weighted_trace(model.network, x, t, None, chunk)[1], whole, rtol=1e-12)
 
 
-@pytest.mark.parametrize("make", [MLP, ResMLP, EnergyMLP])
+@pytest.mark.parametrize("make", [MLP, ResMLP, EnergyMLP, UNet])
 def test_an_untrained_network_returns_zero(make):
     x, t = batch((3,))
     assert not make((3,)).double()(x, t).any()
@@ -333,6 +336,41 @@ def test_the_linear_part_enters_by_its_trace_where_asked():
     _, projected = divergence.score_and_projections(model, x, t, v, exact=True)
     _, trace = divergence.score_and_trace(model, x, t)
     assert torch.allclose(projected, trace.expand(4, -1), rtol=1e-10)
+
+
+def test_a_network_on_images_has_one_variance_for_all_pixels_and_others_keep_theirs():
+    unet, mlp = UNet((1, 4, 4), channels=4, multipliers=[1, 2]), MLP((16,))
+    assert covariance_for(Residual(), unet) == covariance_for(Eps(), unet) == "isotropic"
+    assert covariance_for(Residual("full"), mlp) == "full"
+    assert covariance_for(Residual(), mlp) == "auto"
+    with pytest.raises(ScoreSDEError, match="principal coordinates are no image"):
+        covariance_for(Residual("full"), unet)
+
+
+def unet_of(shape):
+    return randomise(UNet(shape, channels=8, multipliers=[1, 2], blocks=2, attention=[shape[1] + shape[1] % 2], classes=3), 1)
+
+
+def test_labels_attention_and_padding_of_the_unet_push_as_autograd_does():
+    """Two channels of 5 x 7 pixels, padded to 6 x 8; attention at the finer level; the label moves the output."""
+    network, x = unet_of((2, 5, 7)), normal((3, 2, 5, 7), generator(0, "x"), torch.float64)
+    c = torch.tensor([[-1.0, 0], [0.5, 2], [1.0, -1]], dtype=torch.float64)
+    v = normal((2, 2, 2, 5, 7), generator(0, "v"), torch.float64)
+    out, jvp = network.forward_dual(x, c, v)
+    assert torch.allclose(out, network(x, c), rtol=1e-10, atol=1e-12)
+    for direction, found in zip(v, jvp, strict=True):
+        exact = torch.func.jvp(lambda y: network(y, c[:2]), (x[:2],), (direction,))[1]
+        assert torch.allclose(found, exact, rtol=1e-9, atol=1e-11)
+    other = c.clone()
+    other[:, 1] = 1
+    assert (network(x, other) - out).abs().max() > 1e-3
+
+
+def test_no_pixel_is_beyond_the_reach_of_another():
+    network = unet_of((1, 8, 8))
+    x, c = normal((1, 1, 8, 8), generator(0, "x"), torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    J = torch.autograd.functional.jacobian(lambda y: network(y, c), x).reshape(64, 64)
+    assert (J.abs() > 0).all()
 
 
 def test_auto_covariance_is_full_for_many_dimensions_and_enough_data():

@@ -4,8 +4,18 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from scoresde_cli.likelihood import Flow, log_prob
+from scoresde_cli.losses.dsm import DSM
+from scoresde_cli.losses.ssm_vr import SSMVR
+from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero
+from scoresde_cli.networks.parameterisation import Residual
+from scoresde_cli.projections import Rademacher
 from scoresde_cli.rng import generator, normal
+from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
+from scoresde_cli.sdes.correlated import Correlated
 from scoresde_cli.sdes.covariances import Periodic
 from scoresde_cli.sdes.operators import Diagonal, Inverse, LinearOperator, Matrix, Product, Scalar
 from scoresde_cli.sdes.structured import AR1, Circulant, Dense, Equicorrelated, FourierModes, Identity, LowRank
@@ -76,6 +86,42 @@ def test_the_root_of_a_low_rank_is_as_its_matrix_says_and_needs_no_more_normals_
     L, eye = LowRank(D_, U), torch.eye(40, dtype=F64)
     assert torch.allclose(L.cov(eye), D_.diag() + U @ U.T, atol=1e-12)
     assert torch.allclose(L.solve_t(L.solve(eye)), torch.linalg.inv(D_.diag() + U @ U.T), atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made while it is on."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and not func.is_view:
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+KEYS = {
+    "equi": {"rho": 0.9}, "ar1": {"rho": 0.9}, "circulant": {}, "low_rank": {"rank": 4},
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KEYS)
+def test_sampling_training_and_densities_in_4096_dimensions_make_no_matrix(kind):
+    """From the process to samples, losses and log p: no tensor is as large as d x d; the largest is 2048 rows of directions."""
+    d = 4096
+    with Largest() as made:
+        sde = Correlated(kind, **KEYS[kind], shape=(d,))
+        gaussian = Gaussian(torch.zeros(d).double(), torch.ones(d).double(), None)
+        model = ScoreModel(Zero(), sde, Residual("isotropic"), gaussian).float()
+        x = EulerMaruyama(steps=2).sample(model, sde, (d,), 64, 0).x
+        DSM()(model, sde, x, generator(0, "dsm"))
+        SSMVR(Rademacher(), 1)(model, sde, x, generator(0, "ssm"))
+        found = log_prob(model, sde, x[:4], 1e-3, Flow(steps=2, projection=Rademacher(), repeats=1)).value
+    assert x.isfinite().all()
+    assert found.isfinite().all()
+    assert made.elements < d * d
 
 
 @pytest.mark.parametrize(

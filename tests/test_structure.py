@@ -18,15 +18,16 @@ PACKAGE = ROOT / "scoresde_cli"
 
 # Lower levels come first; a module imports from its own level or from below. (DESIGN: commands -> ... -> errors.)
 LEVELS = [
-    {"errors", "rng", "configs", "__init__", "checks", "provenance"},
+    {"errors", "rng", "configs", "__init__", "checks", "provenance", "processes"},
     {"sdes", "projections", "divergence", "fields"},
     {"sketching"},
     {"losses", "networks", "datasets"},
     {"training", "samplers", "metrics", "likelihood", "identity", "tracking", "claims"},
+    {"keys"},
     {"compose"},
     {"stored"},
     {"rundir", "advice", "tuning"},
-    {"figures", "evaluation", "runs", "sweeps", "launching"},
+    {"figures", "evaluation", "runs", "sweeps", "launching", "together", "slurm"},
     {"writers"},
     {"studies"},
     {"commands"},

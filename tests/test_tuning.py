@@ -12,6 +12,7 @@ import yaml
 from scoresde_cli import configs, tuning
 from scoresde_cli.compose import compose
 from scoresde_cli.rng import generator
+from scoresde_cli.training import loop
 from scoresde_cli.training.compiled import Compiled
 from tests.conftest import NO_FIGURES, SMALL
 from tests.test_networks import NETWORKS
@@ -27,13 +28,13 @@ TINY = [
 ]
 
 
-def parts_of(*overrides):
+def parts_of(*overrides, n=400):
     from hydra import compose as by_hydra
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
-        config = by_hydra("train", overrides=["data.n=400", "device=cpu", *overrides])
+        config = by_hydra("train", overrides=[*([f"data.n={n}"] if n else []), "device=cpu", *overrides])
     return compose(OmegaConf.to_container(config, resolve=True))
 
 
@@ -52,6 +53,46 @@ def test_the_chunk_keeps_the_tangents_within_their_memory(network, monkeypatch):
     )  # 10 percent: the primal, of the same size as a tangent
     monkeypatch.setattr(tuning, "MOST_BYTES", 1)
     assert tuning.pick_chunk(parts) == 1
+
+
+def test_the_step_of_a_batch_in_parts_is_the_mean_gradient_of_the_parts(monkeypatch):
+    """The parts are drawn one after the other from the step's own generator."""
+    plan = parts_of("loss=dsm", "batch_size=60", "accumulate=3").plan()
+    state, found = loop.start(plan), []
+    monkeypatch.setattr(
+        plan.optimizer, "apply", lambda optimizer, rate: found.append([p.grad.clone() for p in plan.model.network.parameters()])
+    )
+    torch.nn.init.normal_(plan.model.network.last.weight, generator=generator(0, "w"))
+    value = loop.train_step(plan, state, 1e-3)
+    assert state.samples == 60
+    plan.model.zero_grad()
+    source = generator(plan.seed, "train", 0)
+    losses = []
+    for _ in range(3):
+        field, x0 = loop.draw_batch(plan, source)
+        assert len(x0) == 20
+        losses.append(plan.loss(field, plan.sde, x0, source).mean())
+    (sum(losses) / 3).backward()
+    assert torch.allclose(value, sum(losses) / 3, rtol=1e-5)
+    for a, p in zip(found[0], plan.model.network.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, rtol=1e-4, atol=1e-6 * float(p.grad.abs().max()))
+
+
+def test_a_long_run_says_beforehand_what_it_takes(monkeypatch, capsys):
+    parts = parts_of("loss=dsm", "steps=1000", "compile=false")
+    tuning.say_how_long(parts, parts.field, 0)
+    assert "s a step" not in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "seconds_of", lambda parts, fields, repeats: [0.6])
+    tuning.say_how_long(parts, parts.field, 0)
+    assert "about 0.6 s a step, 10 minutes for 1000 steps; memory" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_work_of_a_network_on_images_counts_every_pixel():
+    """A convolution serves all pixels: two operations for each weight and pixel at least, at the coarsest of three levels."""
+    unet, mlp = (parts_of("data=digits", f"network={name}", n=None) for name in ("unet", "mlp"))
+    weights = sum(p.numel() for p in unet.model.parameters())
+    assert tuning.work(unet) > 2 * weights * 4
+    assert tuning.work(mlp) == 2 * sum(p.numel() for p in mlp.model.parameters())
 
 
 def test_a_loss_without_directions_has_no_chunk():

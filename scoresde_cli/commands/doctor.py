@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from scoresde_cli import __version__, configs
+from scoresde_cli import __version__, configs, slurm
 from scoresde_cli.errors import ScoreSDEError, one_line
 
 
@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("scoresde", lambda: f"{__version__}, conf in {configs.conf_dir()}"), ("packages", packages), ("devices", devices),
         ("configs", every_config), ("a training step", one_step), ("this folder", folder), ("W&B", credentials),
+        ("Slurm", slurm.examine), ("shared folder", slurm.shared_folder),
         ("compiler", lambda: shutil.which("c++") or shutil.which("g++") or "none found (only torch.compile would need one)"),
     ]  # fmt: skip
     bad = 0
@@ -91,4 +92,5 @@ def folder() -> str:
 def credentials() -> str:
     from scoresde_cli.tracking.wandb import has_credentials
 
-    return "credentials found, mode auto is online" if has_credentials() else "no credentials, mode auto is offline"
+    here = "credentials found, mode auto is online" if has_credentials() else "no credentials, mode auto is offline"
+    return f"{here}; offline in jobs of Slurm, whose nodes seldom have a network (then: wandb sync DIR/*/wandb/offline-run-*)"

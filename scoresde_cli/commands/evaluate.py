@@ -12,6 +12,7 @@ from scoresde_cli import evaluation
 from scoresde_cli.checks import check_call
 from scoresde_cli.commands.sample import pick_sampler
 from scoresde_cli.compose import build, compose
+from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, Unreadable
 from scoresde_cli.likelihood import Flow
 from scoresde_cli.projections import check_law
@@ -101,7 +102,7 @@ def measure(folder: RunDir, keys: dict[str, Any], chosen: dict[str, Any] | None,
     write_durably(file, (json.dumps([*earlier, entry], indent=1) + "\n").encode())
     lines = [f"written  {file} (entry {len(earlier) + 1})"]
     if keys["figures"]:
-        lines += [f"figure   {path}" for path in draw(run, found.summary)]
+        lines += [f"figure   {path}" for path in draw(run, parts.data, found)]
     console.panel(f"{run.path}, step {run.step}", found.summary, lines)
     if found.samples is not None and not any(name in found.summary for name in evaluation.of_samples()):
         console.warn("some samples are not finite: none of them was measured (more sampler.steps may help)")
@@ -111,9 +112,10 @@ def measure(folder: RunDir, keys: dict[str, Any], chosen: dict[str, Any] | None,
     return Measured(run.path, run.step, found.summary)
 
 
-def draw(run: Run, summary: evaluation.Summary) -> list[Path]:
+def draw(run: Run, data: Dataset, found: evaluation.Evaluation) -> list[Path]:
     from scoresde_cli import figures
 
+    summary = found.summary
     folder, title = run.path / "figures", f"{run.path.name}, step {run.step}"
     paths = []
     for error in ("score_error", "flux_error"):
@@ -122,6 +124,8 @@ def draw(run: Run, summary: evaluation.Summary) -> list[Path]:
             paths.append(figures.score_curves(curves, title, folder / f"{error}.png"))
     if any("better" in entry["protocol"] for entry in summary.values()):
         paths.append(figures.against_chance(summary, title, folder / "evaluation.png"))
+    if found.of_classes is not None:
+        paths.append(figures.class_grid(data, found.of_classes, title, folder / "classes.png"))
     return paths
 
 

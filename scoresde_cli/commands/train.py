@@ -1,6 +1,7 @@
 """`scoresde train`: compose, train, measure, draw; or go on with a run that was cut."""
 
 import contextlib
+import os
 import resource
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,12 +10,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from scoresde_cli import evaluation, sweeps
+from scoresde_cli import evaluation, processes, sweeps, together
 from scoresde_cli.advice import advice
 from scoresde_cli.claims import claim
-from scoresde_cli.compose import NLLKeys, Parts, build, compose
+from scoresde_cli.compose import Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
-from scoresde_cli.likelihood import Flow
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.provenance import command_line, now
 from scoresde_cli.rundir import RunDir
@@ -25,7 +25,7 @@ from scoresde_cli.tracking.wandb import WandB
 from scoresde_cli.training import loop
 from scoresde_cli.training.state import TrainState, checkpoints, load_weights, save_checkpoint
 from scoresde_cli.training.stop import StopRequest, stop_requests
-from scoresde_cli.tuning import settle
+from scoresde_cli.tuning import settle_together
 from scoresde_cli.writers import write_samples
 
 MAY_CHANGE = ("steps", "max_seconds", "resume", "trust")
@@ -65,14 +65,20 @@ def job(config: dict[str, Any], overrides: list[str], folder: Path, launcher: st
     from hydra.core.hydra_config import HydraConfig
 
     found = float("nan")
+    processes.join()
+    if processes.rank():
+        together.follow()
+        processes.part()
+        return found
     with ExitStack() as stack:
+        stack.callback(processes.part)
         stack.enter_context(sweeps.worker(folder, launcher, total))
         stack.enter_context(claim(folder, HydraConfig.get().job.num))
         if sweeps.failed_meanwhile(folder):
             return found
         stack.enter_context(sweeps.outcome(folder))
-        if launcher == "joblib":  # as many jobs as there are cores
-            config = {**config, "threads": config["threads"] or 1}
+        if launcher != "basic":  # as many jobs as there are cores, or as many threads as Slurm has given it
+            config = {**config, "threads": config["threads"] or int(os.environ.get("SLURM_CPUS_PER_TASK", 1))}
         tracker = {**config["tracker"], "group": config["tracker"].get("group") or folder.parent.name}
         if not (folder / "run.json").is_file():
             run = fresh({**config, "tracker": tracker}, overrides, str(folder))
@@ -107,7 +113,7 @@ def fresh(
     tracker = build(config["tracker"], "tracker")
     measured(parts)
     say(parts, overrides)
-    parts, config = settle(parts, config)
+    parts, config = settle_together(parts, config)
     run = RunDir.create(config, folder or parts.settings.dir)
     run.begin(config, parts, command_line())
     with run.lock():
@@ -156,12 +162,13 @@ def go_on(run: RunDir, trust: bool, changes: dict[str, Any]) -> None:
             return
         if parts.data.facts.get("sha256") != run.facts()["data"].get("sha256"):
             raise ScoreSDEError(f"resume={run.path}: the data file has changed since the run began")
-        parts, kept = settle(parts, kept, done)
+        parts, kept = settle_together(parts, kept, done)
         state = prepare(parts, checkpoint)  # what does not fit is refused before anything is written
         if "steps" in changes and parts.optimizer.schedule == "cosine":
             console.note("the cosine schedule now ends at the new number of steps")
         run.write_config(kept)
-        sessions = [*run.facts()["sessions"], {"started": now(), "step": done, "command": command_line()}]
+        session_facts = {"started": now(), "step": done, "command": command_line(), "processes": processes.size()}
+        sessions = [*run.facts()["sessions"], session_facts]
         run.update(status="running", sessions=sessions)
         console.note(f"going on with {run.path} at step {done}")
         session(run, kept, parts, tracker, state)
@@ -188,7 +195,8 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
     code = 1
     with stop_requests() as stop:
         try:
-            baseline = gaussian_loss(parts)
+            together.announce(config, measured(parts), parts, state)
+            baseline = together.gaussian_loss(parts)
             live = console.Training(parts.settings.steps, parts.settings.max_seconds, state.step, baseline)
             trackers = [JsonLines(run.path / "metrics.jsonl", state.step), live]
             optimise(run, config, parts, state, trackers, tracker, stop)
@@ -208,12 +216,20 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
             raise Diverged(
                 f"{problem}; {last}; a new run with a smaller optimizer.lr or optimizer.clip may do better"
             ) from None
+        except processes.Lost as problem:
+            run.update(status="failed", ended=now(), error=str(problem))
+            raise processes.Lost(
+                f"{problem}; go on from the last checkpoint with: scoresde train resume={run.path}"
+            ) from problem
         except OSError as problem:
             record_failure(run, problem)
             where = f"{problem.filename}: " if problem.filename else ""
             raise ScoreSDEError(
                 f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train resume={run.path}"
             ) from problem
+        except SystemExit:  # submitit has requeued the job
+            run.update(status="preempted", ended=now())
+            raise
         except BaseException as problem:
             record_failure(run, problem)
             raise
@@ -234,13 +250,6 @@ def prepare(parts: Parts, checkpoint: Any) -> TrainState:
     else:
         checkpoint.restore(state)
     return state
-
-
-def gaussian_loss(parts: Parts) -> float:
-    """The training loss of the Gaussian part alone, on 20,000 training samples: the line that training has to cross."""
-    x0 = parts.data.splits["train"][:20_000].to(device=parts.device, dtype=parts.dtype)
-    reference = parts.loss.reference(x0[0].numel())
-    return float(loop.mean_loss(reference, parts.baseline, parts.sde, x0, parts.settings.seed, "baseline").mean())
 
 
 def optimise(
@@ -284,18 +293,14 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         load_weights(model, chosen.model if chosen.average is None else chosen.average)
         console.note(f"the weights of step {step} are taken: the least validation loss (select={s.select})")
     run.update(selected=step)
-    nll = NLLKeys(**s.eval.get("nll", {}))
     console.note(f"training done in {state.seconds:.1f} s; sampling and measuring")
-    found = evaluation.evaluate(
-        parts, model, parts.sampler, s.eval["n"], metrics=measured(parts), seed=s.seed,
-        averaged=state.average is not None, step=step, flow=Flow(steps=nll.steps),
-        nll_rows=nll.rows,
-    )  # fmt: skip
-    summary, samples, held_out = found.summary, found.samples, found.reference
+    found = together.measure(parts, model, measured(parts), state.average is not None, step)
+    summary, samples = found.summary, found.samples
     assert samples is not None  # one of the metrics is always of samples
     summary["train_seconds"] = evaluation.plain(
         state.seconds, "s", step=state.step, threads=torch.get_num_threads(), precision=s.precision,
         compiled=not isinstance(parts.field, ScoreModel),
+        **({"processes": processes.size()} if processes.size() > 1 else {}),
     )  # fmt: skip
     summary["steps_per_second"] = evaluation.plain(state.step / max(state.seconds, 1e-9), "1/s", step=state.step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -305,7 +310,7 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         last = evaluation.plain(curve[-1][chooser.name], chooser.unit, step=state.step)
         summary[chooser.name] = last | chooser.facts | {"curve": curve}
     write_samples(run.path / "samples.npz", parts.data, [samples.x], len(samples.x), overwrite=True)
-    figures = draw(run, parts, model, samples.x.cpu(), held_out, baseline, summary) if s.eval["figures"] else []
+    figures = draw(run, parts, model, found, samples.x.cpu(), baseline) if s.eval["figures"] else []
     run.write("summary.json", summary)
     for each in trackers:
         each.summary(summary, figures)
@@ -334,18 +339,20 @@ def measured(parts: Parts) -> list[str]:
 
 
 def draw(
-    run: RunDir, parts: Parts, model: ScoreModel, drawn: torch.Tensor, held_out: torch.Tensor, baseline: float,
-    summary: evaluation.Summary,
+    run: RunDir, parts: Parts, model: ScoreModel, found: evaluation.Evaluation, drawn: torch.Tensor, baseline: float
 ) -> list[Path]:  # fmt: skip
     from scoresde_cli import figures
 
     folder, title = run.path / "figures", f"{parts.loss.convention(parts.d)}, seed {parts.settings.seed}"
     paths = [
-        figures.samples(parts.data, drawn, held_out, title, folder / "samples.png"),
+        figures.samples(parts.data, drawn, found.reference, title, folder / "samples.png"),
         figures.loss_curve(read_rows(run.path / "metrics.jsonl"), baseline, title, folder / "loss.png"),
     ]
-    if "threshold" in summary:
-        paths.append(figures.mixing([summary["threshold"]], title, folder / "mixing.png"))
-    if tuple(parts.data.shape) == (2,) and {"score", "velocity"} <= model.provides:
+    if found.of_classes is not None:
+        paths.append(figures.class_grid(parts.data, found.of_classes, title, folder / "classes.png"))
+    if "threshold" in found.summary:
+        paths.append(figures.mixing([found.summary["threshold"]], title, folder / "mixing.png"))
+    seen = {"score", "log_density" if parts.sde.still else "velocity"} <= model.provides
+    if tuple(parts.data.shape) == (2,) and seen:
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths

@@ -83,6 +83,7 @@ class Dataset(ABC):
         classes: names of the labels, none where the data has none.
         quantum: the step of each coordinate (d,), in the user's units, where the data is levels of grey.
         labels: the label of each row by split, (n,) int64, where there are classes.
+        known: (the class of each row by split, the names of the classes), whether or not the model is told, where they are known.
         splits: float32 tensors (n, *D) by name: train, valid, test.
         bounds: the least and the largest value of each coordinate in the training split, (d,) each.
         kept: matrices that a run remembers of its process (SDE.kept), where the data set comes from a run.
@@ -96,6 +97,7 @@ class Dataset(ABC):
     classes: list[str] = []
     quantum: Tensor | None = None
     labels: dict[str, Tensor] | None = None
+    known: tuple[dict[str, Tensor], list[str]] | None = None
     splits: dict[str, Tensor]
     kept: Mapping[str, Tensor] = {}
     facts: dict[str, Any]
@@ -158,9 +160,9 @@ class SampledMixture(Sampled):
         return self.law.sample(n, source)
 
     def oracle(self, sde: SDE) -> Oracle | None:
-        if sde.jumps is None:
-            return Oracle(self.law, sde)
-        return JumpOracle(self.law, sde) if covers(self.law, sde) else None
+        if sde.jumps is not None:
+            return JumpOracle(self.law, sde) if covers(self.law, sde) else None
+        return Oracle(self.law, sde) if sde.still or sde.kernel() is not None else None
 
 
 def label_name(value: object) -> str:

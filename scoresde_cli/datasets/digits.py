@@ -19,5 +19,5 @@ class Digits(Images):
 
         loaded = load_digits()
         u = torch.from_numpy(loaded.images).to(torch.uint8).unsqueeze(1)
-        codes = torch.from_numpy(loaded.target) if labels else None
-        super().__init__(u, 16, codes, [str(name) for name in loaded.target_names], dequantise=dequantise, seed=seed)
+        codes, names = torch.from_numpy(loaded.target), [str(name) for name in loaded.target_names]
+        super().__init__(u, 16, codes, names, labels=labels, dequantise=dequantise, seed=seed)

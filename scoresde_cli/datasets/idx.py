@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import re
 import zlib
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -43,12 +44,15 @@ class IDX(Images):
         n: Annotated[int, Field(ge=MIN_ROWS)] | None = None, dequantise: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         files = image_files(existing(path), path)
+        found: tuple[torch.Tensor | None, list[str]] = None, []
         parts = [read_idx(file, 3) for file in files]
         sizes = {part.shape[1:] for part in parts}
         if len(sizes) > 1:
             listed = ", ".join(f"{f.name} {p.shape[1]} x {p.shape[2]}" for f, p in zip(files, parts, strict=True))
             raise Unreadable(f"data.path={path}: the files hold images of unlike sizes ({listed}); name one of them")
-        names = np.concatenate([read_labels(f, len(p)) for f, p in zip(files, parts, strict=True)]) if labels else None
+        with nullcontext() if labels else suppress(ScoreSDEError):  # labels that the model is not given serve metrics alone
+            names = np.concatenate([read_labels(f, len(p)) for f, p in zip(files, parts, strict=True)])
+            found = class_codes(names, path)
         u = torch.from_numpy(np.concatenate(parts)).unsqueeze(1)
         height, width = u.shape[-2:]
         if size is not None and size > min(height, width):
@@ -56,7 +60,7 @@ class IDX(Images):
                 f"data.size={size}: the images are {height} x {width}, and pooling makes no pixels; "
                 f"expected at most {min(height, width)}"
             )
-        codes, classes = class_codes(names, path) if names is not None else (None, [])
+        codes, classes = found
         if n is not None:
             if n > len(u):
                 raise ScoreSDEError(f"data.n={n}: {path} holds {len(u)} images; expected at most that, or null")
@@ -66,7 +70,7 @@ class IDX(Images):
             u = in_blocks(lambda block: area_pool(block, size).round().to(torch.uint8), u)
         sha256 = {str(file.resolve()): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         facts = {"path": str(Path(path).expanduser().resolve()), "sha256": sha256, "pooled_from": [height, width]}
-        super().__init__(u, 255, codes, classes, dequantise=dequantise, seed=seed, path=path, facts=facts)
+        super().__init__(u, 255, codes, classes, labels=labels, dequantise=dequantise, seed=seed, path=path, facts=facts)
 
 
 def image_files(place: Path, path: str) -> list[Path]:

@@ -72,7 +72,9 @@ class ImageFolder(Images):
             "path": str(Path(path).expanduser().resolve()), "sha256": hashlib.sha256(u.numpy().tobytes()).hexdigest(),
             "broken": len(files) - len(pixels), "fit": fit,
         }  # fmt: skip
-        super().__init__(u, 255, codes, classes, dequantise=dequantise, flips=flips, seed=seed, path=path, facts=facts)
+        super().__init__(
+            u, 255, codes, classes, labels=labels, dequantise=dequantise, flips=flips, seed=seed, path=path, facts=facts
+        )
 
 
 def picture_files(path: str, labels: bool) -> list[Path]:
@@ -153,8 +155,12 @@ def check_sizes(counts: Counter[tuple[int, int]], path: str, size: int | None, f
 def read_pixels(file: Path, grey: bool, size: int | None, fit: str | None) -> np.ndarray:
     """The levels (C, H, W) uint8 of an image file."""
     with Image.open(file, formats=("PNG", "JPEG")) as opened:
-        image = ImageOps.exif_transpose(opened)
-        image = eight_bits(image).convert("L" if grey else "RGB")
+        return levels_of(opened, grey, size, fit)
+
+
+def levels_of(opened: Image.Image, grey: bool, size: int | None, fit: str | None) -> np.ndarray:
+    """The levels (C, H, W) uint8 of an image."""
+    image = eight_bits(ImageOps.exif_transpose(opened)).convert("L" if grey else "RGB")
     if size is not None and image.size != (size, size):
         cubic = Image.Resampling.BICUBIC  # Pillow widens it to the area of the new pixel where it scales down
         image = ImageOps.fit(image, (size, size), cubic) if fit == "crop" else image.resize((size, size), cubic)

@@ -26,6 +26,7 @@ class Images(Dataset):
         top: the lightest level.
         codes: the number of each image's class (n,) int64, or None.
         classes: their names.
+        labels: the classes are labels that the model is given.
         dequantise: add uniform noise of one grey level (for likelihoods; samples are rounded back to the levels).
         flips: the training split holds each image and its mirror image, and no image's mirror image stands in another split.
         seed: of the split and of the dequantisation.
@@ -37,7 +38,7 @@ class Images(Dataset):
     kind: Kind = "image"
 
     def __init__(
-        self, u: Tensor, top: int, codes: Tensor | None, classes: list[str], *, dequantise: bool, flips: bool = False,
+        self, u: Tensor, top: int, codes: Tensor | None, classes: list[str], *, labels: bool, dequantise: bool, flips: bool = False,
         seed: int, path: str = "", facts: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         check_rows(len(u), path)
@@ -56,13 +57,14 @@ class Images(Dataset):
 
         x = in_blocks(to_model, u)
         self.splits = {name: x[index] for name, index in rows.items()}
-        if codes is not None:
-            self.classes, self.labels = classes, {name: codes[index] for name, index in rows.items()}
         self.unflipped = self.splits["train"]
         if flips:
             self.splits["train"] = torch.cat([self.unflipped, self.unflipped.flip(-1)])
-            if self.labels is not None:
-                self.labels["train"] = self.labels["train"].repeat(2)
+        if codes is not None:
+            found = {name: codes[index].repeat(2 if flips and name == "train" else 1) for name, index in rows.items()}
+            self.known = found, classes
+            if labels:
+                self.classes, self.labels = classes, found
         self.facts = {
             "rows": len(u), "rows_repeated": repeated, "dequantised": dequantise, "flips": flips, **(facts or {}),
         }  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.rng import normal
-from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.base import SDE, GaussianKernel
 
 
 class Mixture:
@@ -51,6 +51,9 @@ class Mixture:
         return Mixture(self.weights, view(self.means), lam.clamp_min(0.0), bases)
 
 
+CLEAN = GaussianKernel(torch.ones_like, torch.zeros_like)  # x_t = x_0
+
+
 class Oracle(FieldModel):
     """log p_t and its score for a mixture noised by a process with x_t = M x_0 + L eps.
 
@@ -62,7 +65,7 @@ class Oracle(FieldModel):
     provides = FieldModel.provides | {"log_density"}
 
     def __init__(self, law: Mixture, sde: SDE) -> None:
-        kernel, self.white = sde.kernel(), sde.whitening()
+        kernel, self.white = CLEAN if sde.still else sde.kernel(), sde.whitening()
         assert kernel is not None
         self.law, self.sde, self.kernel = law, sde, kernel
         if self.white is not None:

@@ -72,8 +72,9 @@ class Loss(ABC):
         """Refuse a process that the loss cannot serve, naming what would."""
         process = type(sde).__name__
         if self.needs_kernel and sde.kernel() is None:
+            why = "has no noise to remove" if sde.still else "is known by its paths alone"
             raise ScoreSDEError(
-                f"loss={self.name} needs a closed-form kernel, which sde {process} has not; ism, ssm and ssm_vr work"
+                f"loss={self.name} needs the law of x_t given x_0 in closed form, and {process} {why}; ism, ssm and ssm_vr work"
             )
         if self.needs_jumps and sde.jumps is None:
             raise ScoreSDEError(f"loss={self.name} is for a process that jumps, and {process} does not; ssm_vr and dsm work")
@@ -94,9 +95,9 @@ class Loss(ABC):
     def weight(self, sde: SDE, t: Tensor, d: int) -> Tensor:
         """lambda(t), shape (B,)."""
         if self.weighting == "sigma2":
-            kernel = sde.kernel()
-            assert kernel is not None
-            return kernel.sigma(t).square()
+            levels = sde.levels()
+            assert levels is not None
+            return levels.sigma(t).square()
         if self.weighting == "g2":
             return sde.diffusion(t).trace_cov(d) / d
         return torch.ones_like(t)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresde_cli import processes
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.rng import generator
 
@@ -117,15 +118,24 @@ def compare(
     """
     found: dict[str, dict[str, Any]] = {}
     chances: list[list[Numbers]] = [[] for _ in metrics]
-    for a, b in map(pair, range(PAIRS)):
-        for metric, fresh in zip(metrics, chances, strict=True):
-            m = min(metric.rows, len(samples))
-            fresh.append(metric.measure(a[:m], b[:m]))
-    for metric, fresh in zip(metrics, chances, strict=True):
-        m = min(metric.rows, len(samples))
+
+    def of_pair(i: int) -> tuple[Numbers, ...]:
+        a, b = pair(i)
+        sizes = [min(metric.rows, len(samples)) for metric in metrics]
+        return tuple(metric.measure(a[:m], b[:m]) for metric, m in zip(metrics, sizes, strict=True))
+
+    for numbers_of_pair in processes.shared(PAIRS, of_pair):
+        for fresh, numbers in zip(chances, numbers_of_pair, strict=True):
+            fresh.append(numbers)
+
+    def of_metric(i: int) -> tuple[Numbers, list[Numbers], dict[str, Any]]:
+        metric, m = metrics[i], min(metrics[i].rows, len(samples))
         x, y = samples[:m], held_out[:m]
-        numbers, copies = metric.measure(x, y), list(metric.copies(x, y, seed))
-        detail = metric.detail(x, y)
+        return metric.measure(x, y), list(metric.copies(x, y, seed)), metric.detail(x, y)
+
+    measured = processes.shared(len(metrics), of_metric)
+    for metric, fresh, (numbers, copies, detail) in zip(metrics, chances, measured, strict=True):
+        m = min(metric.rows, len(samples))
         for name, value in numbers.items():
             quantity = metric.quantities[name]
             floor, floor_high = chance([numbers[name] for numbers in fresh], quantity.better)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from scoresde_cli.errors import ScoreSDEError
+
 Sizes = tuple[int, int]  # (B, m)
 Activation = Literal["silu", "gelu", "tanh", "softplus", "elu", "relu", "leaky_relu"]
 
@@ -152,3 +154,20 @@ def value(name: Activation, u: Tensor) -> Tensor:
     if name == "softplus":
         return F.softplus(u, threshold=40.0)  # at torch's 20 it would leave its own derivative by 1e-9
     return torch.tanh(u) if name == "tanh" else getattr(F, name)(u)
+
+
+def refuse(network: nn.Module, loss: str, second_order: bool) -> None:
+    """Raise ScoreSDEError where a loss that pushes tangents would be wrong on a network without saying so."""
+    activation = getattr(network, "activation", None)
+    flat = [type(m).__name__ for m in network.modules() if isinstance(m, PIECEWISE_LINEAR_MODULES)]
+    if second_order and (activation in PIECEWISE_LINEAR or flat):
+        raise ScoreSDEError(
+            f"network.activation={activation or flat[0]} with loss={loss}: piecewise linear, so the gradient of tr J is "
+            "silently wrong (its second derivative is zero almost everywhere); take silu, gelu, tanh, or loss=dsm or fd_ssm"
+        )
+    mixing = [type(m).__name__ for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if mixing:
+        raise ScoreSDEError(
+            f"the network holds {mixing[0]}: it mixes the samples of a batch, so tr J of a single sample is wrong under "
+            f"loss={loss}; take LayerNorm or GroupNorm, or loss=dsm"
+        )

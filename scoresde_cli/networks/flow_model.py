@@ -104,7 +104,7 @@ class FlowModel(ScoreModel):
         s = self.score(x, t)
         known: dict[str, Callable[[], Tensor]] = {
             "score": lambda: s,
-            "eps": lambda: -self.kernel.factor(t).mul_t(s),
+            "eps": lambda: -self._kernel().factor(t).mul_t(s),
             "x0": lambda: self._denoised(x, t, s),
             "log_density": lambda: self.log_density(x, t),
         }

@@ -95,7 +95,7 @@ class ScoreModel(nn.Module, FieldModel):
 
     Args:
         network: any module that does not mix the samples of a batch.
-        sde: a process with a kernel (alpha and sigma are the noise levels).
+        sde: a process whose noise levels, alpha and sigma, are known (SDE.levels).
         parameterisation: the coefficients.
         gaussian: moments of the training data, in white coordinates where the process has such.
     """
@@ -112,9 +112,12 @@ class ScoreModel(nn.Module, FieldModel):
     def __init__(self, network: nn.Module, sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian) -> None:
         super().__init__()
         self.white = sde.whitening()
-        kernel = (sde if self.white is None else self.white.sde).kernel()
+        kernel = (sde if self.white is None else self.white.sde).levels()
         if kernel is None:
-            raise ScoreSDEError(f"sde {type(sde).__name__} has no closed-form kernel, which the noise levels come from")
+            raise ScoreSDEError(
+                f"sde {type(sde).__name__} has neither a closed-form kernel nor levels: derive it from "
+                "scoresde_cli.sdes.simulated.Simulated, which measures them"
+            )
         self.network, self.sde, self.kernel = network, sde, kernel
         self.parameterisation, self.gaussian = parameterisation, gaussian
         self.classes = int(getattr(network, "classes", 0))
@@ -161,7 +164,10 @@ class ScoreModel(nn.Module, FieldModel):
 
     def _coefficients(self, levels: tuple[Tensor, Tensor], t: Tensor, name: str) -> Coefficients:
         """skip, out, inp (B, d) of the score, at alpha and sigma of each coordinate."""
-        return self.parameterisation.coefficients(*levels, self.lam)
+        skip, out, inp = self.parameterisation.coefficients(*levels, self.lam)
+        if not self.kernel.gaussian and self.parameterisation.centred:
+            out = torch.hypot(out, inp)  # there is something to correct at late times as well
+        return skip, out, inp
 
     def _prepare(
         self, x: Tensor, t: Tensor, name: str = "score"
@@ -176,7 +182,7 @@ class ScoreModel(nn.Module, FieldModel):
         else:
             levels = alpha.unsqueeze(1), sigma.unsqueeze(1)
             if self.parameterisation.centred:
-                y = self._turn(y - alpha.unsqueeze(1) * self.mean)
+                y = self._turn(y - self.kernel.mean(self.mean.expand_as(y), t))
         skip, out, inp = self._coefficients(levels, t, name)
         if getattr(self.network, "conservative", False):
             # diag(out) H diag(inp) is symmetric, so the score is still a gradient, where out is a multiple of inp.

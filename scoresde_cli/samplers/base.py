@@ -10,7 +10,7 @@ it is the walk in x with W z as noise and W W^T in front of the score. What is c
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from scoresde_cli import processes
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.rng import generator, normal
@@ -100,6 +101,7 @@ class Sampler(ABC):
     with_jumps: ClassVar[Set[str]] = frozenset({"flux"})  # what it needs besides, for a process that jumps
     needs_kernel: ClassVar[bool] = False  # and one that is Gaussian
     adaptive: ClassVar[bool] = False  # the number of evaluations is found on the way
+    descends: ClassVar[bool] = True  # goes from T down to t_min
 
     steps: PositiveInt = 20
     grid: grids.Grid = "power"
@@ -149,6 +151,10 @@ class Sampler(ABC):
                 f"sampler {name} needs {', '.join(sorted(missing))}; the model has {', '.join(sorted(model.provides))}"
                 f"{'; ' + fits[0] if fits else ''}"
             )
+        if sde.still and self.descends:
+            raise ScoreSDEError(
+                f"sampler {name} comes back from noise, of which {type(sde).__name__} has none; sampler=langevin works"
+            )
         special = {"clip": self.clip, "temperature": self.temperature != 1, "known": self.known is not None}
         asked = [f"sampler.{key}" for key, there in special.items() if there]
         white = sde.whitening()
@@ -163,7 +169,7 @@ class Sampler(ABC):
                 f"sampler.temperature needs one noise level for all directions, and with this drift of {type(sde).__name__} each "
                 "forgets at its own rate; sde.drift=isotropic has one"
             )
-        if kernel is not None and not kernel.diagonal and self.needs_kernel:
+        if kernel is not None and not kernel.diagonal and (self.needs_kernel or not self.descends):
             raise ScoreSDEError(
                 f"sampler {name} needs coordinates that forget each by itself, which a matrix as the drift of {type(sde).__name__} "
                 "mixes; sampler=euler_maruyama, euler_ode, heun_ode and dopri5 work"
@@ -171,7 +177,7 @@ class Sampler(ABC):
         if kernel is None and (self.needs_kernel or asked):
             raise ScoreSDEError(
                 f"{asked[0] if asked else f'sampler {name}'} needs a process with a closed-form kernel, which {type(sde).__name__} "
-                "has not; euler_maruyama, euler_ode and heun_ode work"
+                f"has not; {'it works with sde=vp' if asked else sde.remedy}"
             )
         if sde.jumps is not None and (self.needs_kernel or asked):
             raise ScoreSDEError(
@@ -184,9 +190,9 @@ class Sampler(ABC):
     def blocks(
         self, model: FieldModel, sde: SDE, shape: tuple[int, ...], n: int, seed: int, *,
         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, known: Known | None = None,
-        watch: Watch | None = None,
+        watch: Watch | None = None, which: Iterable[int] | None = None,
     ) -> Iterator[Samples]:  # fmt: skip
-        """The n samples block by block, each computed when it is asked for. Arguments as for `sample`."""
+        """The n samples block by block, each computed when it is asked for; of some blocks alone. Arguments as for `sample`."""
         if (self.known is None) != (known is None):
             raise ScoreSDEError(
                 "sampler.known is for `scoresde sample`: there is no other place where samples are given values"
@@ -201,7 +207,7 @@ class Sampler(ABC):
             model = Clipped(model, white)
         times = self.times(sde).to(device=device, dtype=dtype)
         rows = block_rows(torch.Size(shape).numel())
-        for block in range(-(-n // rows)):
+        for block in range(-(-n // rows)) if which is None else which:
             walk = Walk(model, sde, generator(seed, "sample", block, device=device))
             x = self.walk_down(walk, times, (rows, *shape), dtype, block, known, watch, white)
             yield Samples(x[: n - block * rows], walk.nfe)
@@ -258,11 +264,17 @@ class Sampler(ABC):
 
         Raises ScoreSDEError where the model or the process lacks what the sampler needs.
         """
-        parts, done, nfe = [], 0, 0.0
-        for block in self.blocks(model, sde, shape, n, seed, device=device, dtype=dtype, known=known, watch=watch):
-            parts.append(block.x)
-            done += len(block.x)
-            nfe += block.nfe * len(block.x)
+        done, count = 0, -(-n // block_rows(torch.Size(shape).numel()))
+
+        def block(i: int) -> tuple[Tensor, float]:
+            nonlocal done
+            (found,) = self.blocks(
+                model, sde, shape, n, seed, device=device, dtype=dtype, known=known, watch=watch, which=[i]
+            )
+            done += len(found.x) * processes.size()
             if progress is not None:
-                progress(done)
-        return Samples(torch.cat(parts), nfe / done)
+                progress(min(done, n))
+            return found.x, found.nfe * len(found.x)
+
+        parts, nfe = zip(*processes.shared(count, block), strict=True)
+        return Samples(torch.cat(parts).to(device), sum(nfe) / n)

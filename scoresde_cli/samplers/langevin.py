@@ -23,14 +23,14 @@ from scoresde_cli.sdes.operators import expand
 
 @dataclass(kw_only=True)
 class Langevin(Sampler):
-    """`steps` of it from a standard normal draw noised to t_min; one evaluation a step.
+    """`steps` of it from a standard normal draw noised to t_min (without a kernel, from the prior); one evaluation a step.
 
     Args:
         step_size: e, in model units squared: well below the square of the finest scale of the data.
         adjusted: accept or refuse each step; needs a model with a density (network=energy_mlp).
     """
 
-    needs_kernel: ClassVar[bool] = True
+    descends: ClassVar[bool] = False
 
     steps: PositiveInt = 1000
     step_size: PositiveFloat = 2e-3
@@ -50,6 +50,8 @@ class Langevin(Sampler):
 
     def start(self, walk: Walk, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         prior = super().start(walk, shape, dtype)
+        if walk.sde.kernel() is None:
+            return prior
         _, sigma_T = walk.levels(prior, prior.new_full(shape[:1], walk.sde.T))
         alpha, sigma = walk.levels(prior, prior.new_full(shape[:1], self.t_min))
         return prior / sigma_T * (alpha.square() + sigma.square()).sqrt()

@@ -61,15 +61,14 @@ class Moments(NamedTuple):
     push: Tensor
 
 
-class Kernel(ABC):
-    """The law of x_t given x_0, where it is tractable: mean M(t) x_0 and covariance L L^T.
+class Levels(ABC):
+    """How much of x_0 is in x_t, and how much noise: what a model scales its inputs and outputs by.
 
-    `scalar` where M = alpha I and L = sigma I; else alpha and sigma are the level of the whole, and M and L come by `mean`,
-    `origin` and `factor`. `diagonal` where both are so, which the samplers in closed steps stand on.
+    `scalar` where both are one number for all directions; `gaussian` where x_t is a Gaussian once x_0 is forgotten.
     """
 
     scalar: bool = True
-    diagonal: bool = True
+    gaussian: bool = True
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -78,6 +77,20 @@ class Kernel(ABC):
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
         """The noise scale: root of the mean variance per coordinate of x_t given x_0, shape (B,)."""
+
+    def mean(self, x0: Tensor, t: Tensor) -> Tensor:
+        """The mean of x_t given x_0, M(t) x_0, shape (B, *D)."""
+        return expand(self.alpha(t), x0) * x0
+
+
+class Kernel(Levels):
+    """The law of x_t given x_0, where it is tractable: mean M(t) x_0 and covariance L L^T.
+
+    `scalar` where M = alpha I and L = sigma I; else alpha and sigma are the level of the whole, and M and L come by `mean`,
+    `origin` and `factor`. `diagonal` where both are so, which the samplers in closed steps stand on.
+    """
+
+    diagonal: bool = True
 
     @abstractmethod
     def factor(self, t: Tensor) -> LinearOperator:
@@ -90,10 +103,6 @@ class Kernel(ABC):
     def shape(self, t: Tensor) -> LinearOperator:
         """R = L / sigma: coordinates u = R^{-1} x in which the noise is sigma I at the time t."""
         return Product(self.factor(t), Scalar(1.0 / self.sigma(t)))
-
-    def mean(self, x0: Tensor, t: Tensor) -> Tensor:
-        """M(t) x_0, shape (B, *D)."""
-        return expand(self.alpha(t), x0) * x0
 
     def origin(self, mean: Tensor, t: Tensor) -> Tensor:
         """The x_0 (B, *D) that has this mean."""
@@ -178,9 +187,13 @@ class SDE(ABC):
 
     Attributes:
         kept: matrices that it took from files or from the data, by name: what a run remembers, and gives back as `kept`.
+        still: x_t = x_0 at all times, so that there is no way back to follow.
+        remedy: what works where a closed-form kernel is needed and there is none.
     """
 
     T: float = 1.0
+    still: bool = False
+    remedy: str = "euler_maruyama, euler_ode and heun_ode work"
     jumps: Jumps | None = None
     kept: Mapping[str, Tensor] = {}
 
@@ -201,6 +214,10 @@ class SDE(ABC):
     def kernel(self) -> Kernel | None:
         """The law of x_t given x_0, or None where it is not tractable."""
         return None
+
+    def levels(self) -> Levels | None:
+        """The kernel's levels, or others that stand in for them; None where nothing is known."""
+        return self.kernel()
 
     def whitening(self) -> Whitening | None:
         """Coordinates in which the noise is isotropic, where x itself is not; losses, samplers and likelihoods work in them."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from scoresde_cli import processes
 from scoresde_cli.losses.base import Loss
 from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm import SSM
@@ -150,10 +151,15 @@ class Directions:
         rows, said = state.choices, None
         if not rows or (len(self.counts) > 1 and state.step >= due(rows[-1]["step"], plan.steps)):
             now = rows[-1]["n_proj"] if rows else None
-            row = self.measure(plan, state.step, batches(state.step - rows[-1]["step"] if rows else 0))
-            recent = [*(r for r in rows if 2 * r["step"] >= state.step), row]
-            row["r"], error = pooled(recent)
-            row["n_proj"] = self.best(row["r"], now)
+            count = batches(state.step - rows[-1]["step"] if rows else 0)
+
+            def decide() -> tuple[dict[str, Any], float]:
+                row = self.measure(plan, state.step, count)
+                row["r"], error = pooled([*(r for r in rows if 2 * r["step"] >= state.step), row])
+                row["n_proj"] = self.best(row["r"], now)
+                return row, error
+
+            row, error = processes.decided(decide)
             rows.append(row)
             if row["n_proj"] != now:
                 said = self.why(row["n_proj"], row["r"], error)

@@ -10,13 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from scoresde_cli import processes
 from scoresde_cli.errors import Diverged
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import Loss
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator, seed_global, uniform
 from scoresde_cli.sdes.base import SDE
+from scoresde_cli.training import rows
 from scoresde_cli.training.optimizer import Adam
+from scoresde_cli.training.paths import Paths
 from scoresde_cli.training.state import TrainState
 from scoresde_cli.training.stop import StopRequest
 
@@ -48,6 +51,8 @@ class Plan:
     labels: Tensor | None = None  # (n,) of the training rows
     label_dropout: float = 0.0
     chooser: "Chooser | None" = None
+    accumulate: int = 1  # parts of a batch, one after the other, whose mean gradient is the step's
+    paths: Paths | None = None  # where x_t is known by simulation alone
 
 
 class Chooser(Protocol):
@@ -82,10 +87,12 @@ def start(plan: Plan) -> TrainState:
 @torch.no_grad()
 def mean_loss(loss: Loss, model: FieldModel, sde: SDE, x0: Tensor, seed: int, purpose: str) -> Tensor:
     """The loss of each row of x0 (B, *D), in parts of a size that fits memory; the draws depend on seed and purpose alone."""
-    parts = [
-        loss(model, sde, part, generator(seed, purpose, i, device=part.device)) for i, part in enumerate(x0.split(500))
-    ]
-    return torch.cat(parts).double()
+    parts = x0.split(500)
+
+    def of_part(i: int) -> tuple[Tensor]:
+        return (loss(model, sde, parts[i], generator(seed, purpose, i, device=x0.device)),)
+
+    return torch.cat([values for (values,) in processes.shared(len(parts), of_part)]).to(x0.device).double()
 
 
 def validation_loss(plan: Plan, state: TrainState) -> float:
@@ -101,28 +108,47 @@ def validation_loss(plan: Plan, state: TrainState) -> float:
 
 
 def draw_batch(plan: Plan, source: torch.Generator) -> tuple[FieldModel, Tensor]:
-    """The field, given the batch's labels where there are any, and the batch (batch_size, *D)."""
-    rows = torch.randint(len(plan.train), (plan.batch_size,), generator=source, device=plan.train.device)
+    """The field, given the labels where there are any, and a part of the batch (batch_size / accumulate, *D)."""
+    size = plan.batch_size // plan.accumulate
+    picked = torch.randint(len(plan.train), (size,), generator=source, device=plan.train.device)
+    return take(plan, picked, source)
+
+
+def take(plan: Plan, picked: Tensor, source: torch.Generator) -> tuple[FieldModel, Tensor]:
+    """The field, given the labels of these training rows where there are any, and the rows."""
     field = plan.field
     if plan.labels is not None:
-        hidden = uniform((plan.batch_size,), source) < plan.label_dropout
-        field = field.labelled(torch.where(hidden, -1, plan.labels[rows]))
-    return field, plan.train[rows]
+        hidden = uniform((len(picked),), source) < plan.label_dropout
+        field = field.labelled(torch.where(hidden, -1, plan.labels[picked]))
+    return field, plan.train[picked]
+
+
+def batch_losses(plan: Plan, step: int, source: torch.Generator) -> Tensor:
+    """The loss of each sample of a part of a step's batch, (batch_size / accumulate,); of several processes, in this one's rows."""
+    if plan.paths is None:
+        field, x0 = draw_batch(plan, source)
+        return plan.loss(rows.share(field), plan.sde, x0, source)
+    picked, t, noised = plan.paths.draw(step, plan.batch_size // plan.accumulate, source)
+    field, x0 = take(plan, picked, source)
+    return plan.loss.weighted(rows.share(field), plan.sde, x0, noised, t, source)
 
 
 def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
-    seed_global(source)
-    field, x0 = draw_batch(plan, source)
-    loss = plan.loss(field, plan.sde, x0, source).mean()
-    loss.backward()
+    seed_global(source, processes.rank())
+    total = torch.zeros((), device=plan.train.device)
+    for _ in range(plan.accumulate):
+        part = rows.mean(batch_losses(plan, state.step, source)) / plan.accumulate
+        part.backward()
+        total += part.detach()
+    loss = rows.add_up(plan.model.network.parameters(), total)
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
         state.update_average(plan.ema)
     state.step += 1
     state.samples += plan.batch_size
-    return loss.detach()
+    return loss
 
 
 def finite(state: TrainState) -> bool:
@@ -137,6 +163,7 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
     asked for it.
     """
     session = time.perf_counter() - state.seconds
+    asked: int | None = None  # the signal that has come to one of the processes
 
     def progress() -> float:
         by_time = 0.0 if plan.max_seconds is None else state.seconds / plan.max_seconds
@@ -150,6 +177,14 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
             if state.valid < state.best:
                 state.best, state.best_step = state.valid, state.step
         watch.save(state)
+        agree()  # the others wait for the one that writes
+
+    def agree() -> None:
+        """One clock, and one answer to whether a signal has come, for all processes."""
+        nonlocal asked
+        state.seconds, signum = processes.largest(state.seconds, watch.stop.signum or 0)
+        if signum:
+            asked = watch.stop.signum = int(signum)
 
     watch.stop.deferred = True
     try:
@@ -162,6 +197,7 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
             state.loss_sum += train_step(plan, state, rate)
             state.loss_count += 1
             state.seconds = time.perf_counter() - session
+            agree()
             paused = time.perf_counter()
             if state.step % plan.log_every == 0 or progress() >= 1.0:
                 value = float(state.loss_sum) / state.loss_count
@@ -177,13 +213,13 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
                 watch.log(row | ({plan.chooser.name: state.choices[-1][plan.chooser.name]} if plan.chooser else {}))
                 state.loss_sum.zero_()
                 state.loss_count = 0
-            if watch.stop.signum is not None:
+            if asked is not None:
                 save(validate=state.step % plan.save_every == 0)
                 raise watch.stop.stopped(f"the state is saved at step {state.step}")
             if state.step % plan.save_every == 0 or progress() >= 1.0:
                 save(validate=True)
             session += time.perf_counter() - paused  # logging and saving are not training
-        if watch.stop.signum is not None:  # it came while the last checkpoint was written
+        if asked is not None:  # it came while the last checkpoint was written
             raise watch.stop.stopped("training is done and saved")
     finally:
         watch.stop.deferred = False

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jacrev, jvp, vmap
 
+from scoresde_cli import processes
 from scoresde_cli.losses.base import draw_times, in_white
 from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.losses.dsm_cv import DSMCV, THIN, ByLevel, ratio_of, sparse
@@ -97,11 +98,16 @@ class Mixer:
         rows, loss, said = state.choices, plan.loss, None
         assert isinstance(loss, DSMCV)
         if not rows or state.step >= due(rows[-1]["step"], plan.steps):
-            row = self.measure(plan, state.step, FIRST if len(rows) < 2 else LATER)
-            recent = [*(r for r in rows if 4 * r["step"] >= state.step), row]
-            row["w"] = optimum(recent)
-            row["density"] = allocation(recent, row["w"], loss.n_proj)
-            row["threshold"] = self.threshold(row["w"])
+
+            def decide() -> dict[str, Any]:
+                row = self.measure(plan, state.step, FIRST if len(rows) < 2 else LATER)
+                recent = [*(r for r in rows if 4 * r["step"] >= state.step), row]
+                row["w"] = optimum(recent)
+                row["density"] = allocation(recent, row["w"], loss.n_proj)
+                row["threshold"] = self.threshold(row["w"])
+                return row
+
+            row = processes.decided(decide)
             if not rows or not 0.67 < row["threshold"] / rows[-1]["threshold"] < 1.5:
                 said = f"sliced and denoising score matching weigh the same at sigma/alpha = {row['threshold']:.2g}"
             rows.append(row)

@@ -154,6 +154,13 @@ class Checkpoint:
     optimizer: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
+    def of(cls, state: TrainState) -> "Checkpoint":
+        """What a checkpoint of this state would hold."""
+        facts = {name: getattr(state, name) for name in (*COUNTERS, "choices")}
+        rest = {"optimizer": state.optimizer.state_dict(), "loss_sum": state.loss_sum}
+        return cls(facts, weights(state.model), None if state.average is None else weights(state.average), rest)
+
+    @classmethod
     def read(cls, folder: Path, device: str | torch.device = "cpu") -> "Checkpoint":
         """Raises Unreadable where a file is missing, altered or damaged, or of another format."""
         try:

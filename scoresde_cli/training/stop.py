@@ -1,13 +1,17 @@
-"""SIGINT and SIGTERM: finish the step, save, leave a status."""
+"""SIGINT and SIGTERM: finish the step, save, leave a status. So does SIGUSR2 under submitit, whose handler requeues the job."""
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from scoresde_cli.errors import Stopped
 
+AT_ONCE = 2.0  # seconds in which several SIGTERM are one
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -17,8 +21,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.deferred = False
         self.signum: int | None = None
+        self.at = 0.0
+        self.requeue: Callable[[int, FrameType | None], Any] | None = None
+
+    def leave_the_node(self, signum: int, frame: FrameType | None) -> None:
+        """At once where nothing would be lost that can be saved; submitit's own handler ends the process."""
+        assert self.requeue is not None
+        if not self.deferred or self.signum is not None:
+            self.requeue(signum, frame)
+        self.signum = signum
 
     def receive(self, signum: int, frame: FrameType | None) -> None:
+        before, self.at = self.at, time.monotonic()
+        if signum == signal.SIGTERM and self.signum == signum and self.at - before < AT_ONCE:
+            return  # Slurm, its batch script and torchrun each send the one
         again = self.signum is not None
         self.signum = signum
         if again or not self.deferred:
@@ -26,8 +42,10 @@ class StopRequest:
 
     def stopped(self, what: str) -> Stopped:
         assert self.signum is not None
+        if self.signum == signal.SIGUSR2 and self.requeue is not None:
+            self.requeue(self.signum, None)
         name = "interrupted" if self.signum == signal.SIGINT else "asked to stop"
-        return Stopped(f"{name}: {what}", CODES[signal.Signals(self.signum)])
+        return Stopped(f"{name}: {what}", CODES.get(signal.Signals(self.signum), 143))
 
 
 @contextmanager
@@ -37,7 +55,10 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    old = {signum: signal.signal(signum, request.receive) for signum in CODES}
+    old: dict[int, Any] = {signum: signal.signal(signum, request.receive) for signum in CODES}
+    if "SUBMITIT_EXECUTOR" in os.environ and callable(signal.getsignal(signal.SIGUSR2)):
+        request.requeue = signal.signal(signal.SIGUSR2, request.leave_the_node)  # type: ignore[assignment]
+        old[signal.SIGUSR2] = request.requeue
     try:
         yield request
     finally:

@@ -6,9 +6,11 @@ median is given with its quartiles. The areas:
     step     a whole training step of loss=ssm (draws, loss, gradient, clipping, Adam) against the published algorithm, which
              copies the batch n_proj times and differentiates twice in reverse (Song et al., UAI 2019), and against the bare
              matrix products of 1 + n_proj passes, forward and backward
+    image    training steps of the small U-Net at 28 x 28: dsm, ssm_vr and dsm_cv, and ssm_vr against double reverse mode
     trace    loss=ism and its gradient against one reverse pass a dimension
     loop     what `scoresde train` does in a step (averaging, logging, W&B offline, validation, checkpoints) against the bare step
     sample   the sampling loop: blocks, one large batch, compiled
+    noise    sampling with correlated noise in 4096 dimensions against isotropic noise
     startup  the command line against `import torch`
     memory   peak memory of a step above what stood before it, against the published algorithm
 
@@ -34,13 +36,21 @@ os.environ["WANDB_MODE"] = "offline"
 import torch
 
 from scoresde_cli.fields import FieldModel
+from scoresde_cli.identity import randomise
+from scoresde_cli.losses.dsm import DSM
+from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.ism import ISM
 from scoresde_cli.losses.ssm import SSM
+from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.networks.mlp import MLP
-from scoresde_cli.networks.model import ScoreModel, fit_gaussian
+from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
+from scoresde_cli.networks.unet import UNet
 from scoresde_cli.projections import Rademacher
 from scoresde_cli.rng import generator, normal
+from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
+from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.correlated import Correlated
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.training import loop
 from scoresde_cli.training.compiled import Compiled
@@ -65,11 +75,24 @@ class Row:
     note: str = ""
 
 
+class PublishedSSMVR(SSMVR):
+    """The same with the square exact: the batch copied n_proj times, twice in reverse."""
+
+    def value(self, model, sde, x0, noised, t, generator):
+        v = self.directions(model, noised.x_t, t, generator)
+        x = noised.x_t.repeat(len(v), *[1] * (noised.x_t.ndim - 1)).requires_grad_()
+        score = model.score(x, t.repeat(len(v)))
+        projected = (score * v.flatten(0, 1)).flatten(1).sum(1)
+        gradient = torch.autograd.grad(projected.sum(), x, create_graph=True)[0]
+        curvature = (gradient * v.flatten(0, 1)).flatten(1).sum(1)
+        return (score.square().flatten(1).sum(1) + 2.0 * curvature).view(len(v), -1).mean(0)
+
+
 class PublishedSSM(SSM):
     """The sliced loss as published: the batch copied n_proj times, v^T J by reverse mode, and reverse mode through that."""
 
     def value(self, model, sde, x0, noised, t, generator):
-        v = self.directions(noised.x_t, generator)
+        v = self.directions(model, noised.x_t, t, generator)
         x = noised.x_t.repeat(len(v), *[1] * (noised.x_t.ndim - 1)).requires_grad_()
         score = model.score(x, t.repeat(len(v)))
         projected = (score * v.flatten(0, 1)).flatten(1).sum(1)
@@ -137,21 +160,24 @@ def off_by(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+clock = time.perf_counter
+
+
 def in_turns(contenders: Contenders, repeats: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of a call, `repeats` of them for each contender, each over about `seconds` of calls."""
     counts = {}
     for name, call in contenders.items():
         call(), call()
-        began = time.perf_counter()
+        began = clock()
         call()
-        counts[name] = max(1, round(seconds / (time.perf_counter() - began)))
+        counts[name] = max(1, round(seconds / (clock() - began)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, call in contenders.items():
-            began = time.perf_counter()
+            began = clock()
             for _ in range(counts[name]):
                 call()
-            times[name].append((time.perf_counter() - began) / counts[name])
+            times[name].append((clock() - began) / counts[name])
     return times
 
 
@@ -187,6 +213,46 @@ def step_area(options) -> list[Row]:
             over = statistics.median(a / b for a, b in zip(times["fp32"], times["bare products, fp32"], strict=True))
             notes = {"fp32": f"{over:.2f} of the bare products; gradient equal to {error:.0e}"}
             rows += rows_of("step", f"d={d} width={width} batch={batch} n_proj={k}", times, notes)
+    return rows
+
+
+def image_plan(loss, *, low: bool = False, batch: int = 32, size: int = 28) -> loop.Plan:
+    """A training plan of the small U-Net, not at zero, on random images."""
+    x = normal((512, 1, size, size), generator(0, "data"))
+    network = randomise(UNet((1, size, size)), 0)
+    model = ScoreModel(network, VP(), Residual(), fit_gaussian(x, "isotropic")).float()
+    model.low = low
+    return loop.Plan(
+        model, model, model.sde, loss, Adam(), x, x[:500], model, 0, 10**9, None, batch, None, 50, 1000,
+    )  # fmt: skip
+
+
+def image_area(options) -> list[Row]:
+    """Training steps of the small U-Net at 28 x 28 against DSM's, and against double reverse mode."""
+    rows = []
+    size, batch = (8, 4) if options.small else (28, options.images)
+
+    def plan(loss, **keys) -> loop.Plan:
+        return image_plan(loss, batch=batch, size=size, **keys)
+
+    few: Contenders = {"dsm": stepper(plan(DSM())), "ssm_vr n_proj=1": stepper(plan(SSMVR(Rademacher(), 1)))}
+    few["dsm_cv n_proj=1"] = stepper(plan(DSMCV(Rademacher(), 1)))
+    few |= {"dsm, bf16": stepper(plan(DSM(), low=True)), "ssm_vr n_proj=1, bf16": stepper(plan(SSMVR(Rademacher(), 1), low=True))}
+    times = in_turns(few, options.repeats, options.seconds)
+    against = {
+        name: f"{statistics.median(a / b for a, b in zip(found, times['dsm'], strict=True)):.2f} of the time of dsm"
+        for name, found in times.items()
+    }
+    rows += rows_of("image", f"{size} x {size} batch={batch}", times, against)
+    for k in (1,) if options.small else (1, 4):
+        ours, published = plan(SSMVR(Rademacher(), k)), plan(PublishedSSMVR(Rademacher(), k))
+        error = off_by(gradient_of(ours), gradient_of(published))
+        assert error < 1e-3, f"the two gradients differ by {error}"
+        pair: Contenders = {"double reverse": stepper(published), "ssm_vr": stepper(ours)}
+        times = in_turns(pair, options.repeats, options.seconds)
+        ratio = statistics.median(a / b for a, b in zip(times["ssm_vr"], times["double reverse"], strict=True))
+        notes = {"ssm_vr": f"{ratio:.2f} of the time of double reverse; gradient equal to {error:.0e}"}
+        rows += rows_of("image", f"{size} x {size} batch={batch} n_proj={k}", times, notes)
     return rows
 
 
@@ -290,6 +356,22 @@ def sample_area(options) -> list[Row]:
     return rows
 
 
+def noise_area(options) -> list[Row]:
+    """What correlated noise costs in d = 4096: sampling with the Gaussian part alone, so that nothing else takes time."""
+    d, steps = (256, 2) if options.small else (4096, 20)
+
+    def draw(sde: SDE) -> Callable[[], object]:
+        gaussian = Gaussian(torch.zeros(d).double(), torch.ones(d).double(), None)
+        model, sampler = ScoreModel(Zero(), sde, Residual("isotropic"), gaussian).float(), EulerMaruyama(steps=steps)
+        return lambda: sampler.sample(model, sde, (d,), 256, 0)
+
+    kinds: dict[str, dict] = {"equi": {"rho": 0.9}, "low_rank": {"rank": 8}, "circulant": {}, "ar1": {"rho": 0.9}}
+    contenders = {"isotropic (vp)": draw(VP())}
+    contenders |= {kind: draw(Correlated(kind, **keys, shape=(d,))) for kind, keys in kinds.items()}
+    times = in_turns(contenders, options.repeats, 0.0)
+    return rows_of("noise", f"d={d}, 256 samples, {steps} Euler-Maruyama steps, no network", times)
+
+
 def startup_area(options) -> list[Row]:
     commands = {
         "import torch": [sys.executable, "-c", "import torch"],
@@ -346,7 +428,8 @@ def memory_area(options) -> list[Row]:
 
 
 AREAS = {
-    "step": step_area, "trace": trace_area, "loop": loop_area, "sample": sample_area, "startup": startup_area,
+    "step": step_area, "image": image_area, "trace": trace_area, "loop": loop_area, "sample": sample_area, "noise": noise_area,
+    "startup": startup_area,
     "memory": memory_area,
 }  # fmt: skip
 
@@ -382,10 +465,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all)")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=0.3, help="of calls in a turn")
+    parser.add_argument("--images", type=int, default=32, help="images a batch in the area image")
+    parser.add_argument("--cpu", action="store_true", help="processor time, not the clock's: for a busy machine, --threads 1")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--small", action="store_true", help="tiny cases, one turn: does it run at all?")
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    global clock
+    clock = time.process_time if options.cpu else time.perf_counter
     torch.set_num_threads(options.threads)
     if options.peak:
         peak_of_a_step(options.peak[0], *map(int, options.peak[1:]))
