@@ -336,7 +336,11 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
         moments = fit_white(sde, data.splits["train"], "full" if rows > 10 * d else "isotropic")
     node, shape, classes = config["network"], data.shape, len(data.classes)
     model = model_of(
-        loss.trains, lambda i: build_network(node, shape, keys.seed, classes, i) if i else network, sde, parameterisation, gaussian
+        loss.trains,
+        lambda i: build_network(node, shape, keys.seed, classes, i) if i else network,
+        sde,
+        parameterisation,
+        gaussian,
     ).to(device=device, dtype=dtype)
     baseline = gaussian_model(sde, moments or gaussian, loss.trains).to(device=device, dtype=dtype)
     model.bounds = data.bounds

@@ -49,7 +49,12 @@ OF_SAMPLES: dict[str, type[Metric]] = {
     "frechet_pca": FrechetPCA, "classifier": Classifier, "fid": FID, "kid": KID,
 }  # fmt: skip
 OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "flux_error", "nll")
-FIELDS = {"denoising_loss": "score", "score_error": "score", "flux_error": "flux", "nll": "velocity"}  # what of a model they take
+FIELDS = {
+    "denoising_loss": "score",
+    "score_error": "score",
+    "flux_error": "flux",
+    "nll": "velocity",
+}  # what of a model they take
 EXTRA = ("fid", "kid")  # they need more than is installed
 METRICS = (*OF_THE_MODEL, *OF_SAMPLES)
 QUICK = ("loss", "score_error", "flux_error", "sliced_wasserstein", "energy_distance")  # at the end of `train`

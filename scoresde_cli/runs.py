@@ -61,7 +61,9 @@ class Run:
         """
         sde = self.parts.sde
         if "score" not in self.model.provides:
-            raise ScoreSDEError(f"{self.path}: the run has learnt no score, but {', '.join(sorted(self.model.provides))}")
+            raise ScoreSDEError(
+                f"{self.path}: the run has learnt no score, but {', '.join(sorted(self.model.provides))}"
+            )
         if not self.parts.settings.t_min <= t <= sde.T:
             raise ScoreSDEError(f"t={t}: expected a time in [{self.parts.settings.t_min}, {sde.T}]")
         z = self._model_coordinates(x)

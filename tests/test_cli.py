@@ -135,7 +135,12 @@ WRONG = [
     wrong("train", "loss=implicit_flux", says="is for a process that jumps"),
     wrong("train", "sde=jump_diffusion", "loss=augmented_dsm", "loss.flux=importance", says="infinite variance"),
     wrong("train", "sde=jump_diffusion", "sampler=dpm_solver_pp", says="takes the noise for Gaussian"),
-    wrong("train", "sde=jump_diffusion", "sampler=true_reversal", says="heun_ode, euler_ode, dopri5 and euler_maruyama work"),
+    wrong(
+        "train",
+        "sde=jump_diffusion",
+        "sampler=true_reversal",
+        says="heun_ode, euler_ode, dopri5 and euler_maruyama work",
+    ),
     wrong("train", "sde=jump_diffusion", "loss=jump_ratio", "network=mlp", says="network=energy_mlp"),
     wrong("train", "sde=jump_diffusion", "loss=jump_ratio", "sampler=heun_ode", says="true_reversal works"),
     wrong("train", "sde=jump_diffusion", "loss=scale_dsm", "sde.joint=false", says="sde.joint=true"),
@@ -145,7 +150,9 @@ WRONG = [
     wrong("train", "sde=jump_diffusion", "loss=jump_ratio", "eval.metrics=[nll]", says="it takes the velocity"),
     wrong("train", "eval.metrics=[flux_error]", says="it takes the flux"),
     wrong("train", "sde=static", says="sampler=langevin works"),
-    wrong("train", "sde=static", "sampler=langevin", "loss=dsm", says="has no noise to remove; ism, ssm and ssm_vr work"),
+    wrong(
+        "train", "sde=static", "sampler=langevin", "loss=dsm", says="has no noise to remove; ism, ssm and ssm_vr work"
+    ),
     wrong("train", "sde=static", "sampler=langevin", "eval.metrics=[nll]", says="nothing flows"),
     wrong("train", "sde=double_well", says="heun_ode, euler_ode, dopri5 and euler_maruyama work"),
     wrong("train", "sde=double_well", "loss=dsm", "sampler=heun_ode", says="ism, ssm and ssm_vr work"),

@@ -259,7 +259,9 @@ def images_of(folder, size, **network):
     """IDX images of size x size pixels with their noise, a small U-Net that is not zero on them, and the Gaussian baseline."""
     data = IDX(str(write_idx(folder, height=size, width=size)), dequantise=True)
     gaussian = fit_gaussian(data.splits["train"], "isotropic")
-    model = ScoreModel(randomise(UNet(data.shape, channels=4, multipliers=[1, 2]), 0), VP(), Residual(), gaussian).float()
+    model = ScoreModel(
+        randomise(UNet(data.shape, channels=4, multipliers=[1, 2]), 0), VP(), Residual(), gaussian
+    ).float()
     return data, model, gaussian_model(VP(), gaussian).float()
 
 
@@ -271,7 +273,9 @@ def test_a_change_of_scale_moves_the_bits_of_28_x_28_pixels_by_its_jacobian_alon
         return nll(model, baseline, data, data.splits["test"][:3], 1e-3, Flow(steps=3), 0)["nll"]
 
     one = found()
-    assert one["protocol"]["divergence"].startswith("Rademacher, 1 directions")  # 784 unit directions would be the exact trace
+    assert one["protocol"]["divergence"].startswith(
+        "Rademacher, 1 directions"
+    )  # 784 unit directions would be the exact trace
     assert one["detail"]["standard_error_of_the_directions"] > 0
     assert one["ci"][0] < one["value"] < one["ci"][1]
     data.units = replace(data.units, scale=3.0 * data.units.scale, shift=3.0 * data.units.shift)

@@ -62,7 +62,10 @@ def test_moments_are_those_of_draws(amplitude, joint):
         found["transport"] = sde.velocity(noised.x_t, t, found["score"], found["flux"]) - sde.drift(noised.x_t, t)
         moments = sde.scales(t[:1], 2)
         for name, u in found.items():
-            for got, want in ((u.square().mean(1), moments[name].power), ((u * noised.x_t).mean(1), moments[name].push)):
+            for got, want in (
+                (u.square().mean(1), moments[name].power),
+                ((u * noised.x_t).mean(1), moments[name].push),
+            ):
                 error = float(got.std() / math.sqrt(n))
                 slack = 0.03 * float(want.abs())  # radii of the table, and what CUT takes of Student's tail
                 assert abs(float(got.mean() - want)) < 5 * error + slack, (name, now)
@@ -248,7 +251,9 @@ def coarse(monkeypatch):
 def test_every_loss_trains_samples_and_is_evaluated(loss, way, numbers, coarse, tmp_path, cli):
     """Each brings a sampler that fits; every number that its fields allow is measured."""
     chosen = [] if loss is None else [f"loss={loss}"]
-    code, _, err = cli("train", *SMALL, *chosen, "dir=run", "sampler.steps=4", f"eval.figures={str(loss is None).lower()}")
+    code, _, err = cli(
+        "train", *SMALL, *chosen, "dir=run", "sampler.steps=4", f"eval.figures={str(loss is None).lower()}"
+    )
     assert code == 0, err
     config = (tmp_path / "run/config.yaml").read_text()
     assert way in config

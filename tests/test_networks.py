@@ -348,7 +348,9 @@ def test_a_network_on_images_has_one_variance_for_all_pixels_and_others_keep_the
 
 
 def unet_of(shape):
-    return randomise(UNet(shape, channels=8, multipliers=[1, 2], blocks=2, attention=[shape[1] + shape[1] % 2], classes=3), 1)
+    return randomise(
+        UNet(shape, channels=8, multipliers=[1, 2], blocks=2, attention=[shape[1] + shape[1] % 2], classes=3), 1
+    )
 
 
 def test_labels_attention_and_padding_of_the_unet_push_as_autograd_does():

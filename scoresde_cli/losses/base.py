@@ -77,7 +77,9 @@ class Loss(ABC):
                 f"loss={self.name} needs the law of x_t given x_0 in closed form, and {process} {why}; ism, ssm and ssm_vr work"
             )
         if self.needs_jumps and sde.jumps is None:
-            raise ScoreSDEError(f"loss={self.name} is for a process that jumps, and {process} does not; ssm_vr and dsm work")
+            raise ScoreSDEError(
+                f"loss={self.name} is for a process that jumps, and {process} does not; ssm_vr and dsm work"
+            )
         if sde.jumps is not None and self.trains == {"score"}:
             raise ScoreSDEError(
                 f"loss={self.name} trains the score alone, and the flow of {process} needs its flux besides; table_dsm, "

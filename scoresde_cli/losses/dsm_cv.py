@@ -36,7 +36,9 @@ START = 0.25  # the threshold until w has been estimated
 MOST = 0.9  # greater weights gain less than a tenth of the variance of SSM, and are taken as one, which no error of w can worsen
 CELLS = 512  # of time
 THIN = 4  # no time is drawn less often than one in so many of the loss's own law
-LEAST = 0.4  # smaller weights save less than two fifths of the noise of DSM, and cost a direction: they are taken as zero
+LEAST = (
+    0.4  # smaller weights save less than two fifths of the noise of DSM, and cost a direction: they are taken as zero
+)
 
 
 def sigmoid(ratio: Tensor, threshold: float) -> Tensor:

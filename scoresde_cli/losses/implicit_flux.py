@@ -33,9 +33,7 @@ def jump(sde: SDE, x: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Te
     return amplitude * torch.nn.functional.one_hot(which, d).to(x).view_as(x), rate * d
 
 
-def flux_value(
-    model: FieldModel, sde: SDE, x: Tensor, t: Tensor, generator: torch.Generator, draws: int
-) -> Tensor:
+def flux_value(model: FieldModel, sde: SDE, x: Tensor, t: Tensor, generator: torch.Generator, draws: int) -> Tensor:
     """The loss above of each sample, (B,), with `draws` of A and theta; the thetas are one in each of as many parts of (0, 1)."""
     moved, pulls = [x], []
     for i in range(draws):

@@ -48,7 +48,13 @@ def squared_errors(
 
 @torch.no_grad()
 def curve(
-    model: FieldModel, exact: FieldModel, sde: SDE, x0: Tensor, t_min: float, seed: int, name: str = "score",
+    model: FieldModel,
+    exact: FieldModel,
+    sde: SDE,
+    x0: Tensor,
+    t_min: float,
+    seed: int,
+    name: str = "score",
     points: int = 24,
 ) -> dict[str, list[float]]:
     """The error by time: t (points,), log-spaced, with the mean at each and its 95 percent interval, from 1000 rows each."""

@@ -122,7 +122,11 @@ class FlowModel(ScoreModel):
 
 
 def model_of(
-    trains: Set[str], networks: Callable[[int], nn.Module], sde: SDE, parameterisation: Parameterisation, gaussian: Gaussian
+    trains: Set[str],
+    networks: Callable[[int], nn.Module],
+    sde: SDE,
+    parameterisation: Parameterisation,
+    gaussian: Gaussian,
 ) -> ScoreModel:
     """The model for a loss that trains these fields; `networks(i)` makes its i-th network."""
     if trains == {"score"}:

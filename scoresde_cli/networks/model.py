@@ -169,9 +169,7 @@ class ScoreModel(nn.Module, FieldModel):
             out = torch.hypot(out, inp)  # there is something to correct at late times as well
         return skip, out, inp
 
-    def _prepare(
-        self, x: Tensor, t: Tensor, name: str = "score"
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _prepare(self, x: Tensor, t: Tensor, name: str = "score") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d) of the field of that name."""
         alpha, sigma = self.kernel.alpha(t), self.kernel.sigma(t)
         y = x.flatten(1)

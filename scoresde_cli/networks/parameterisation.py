@@ -59,7 +59,9 @@ class Residual(Parameterisation):
     def regression(self, moments: Moments, signal: Tensor, noise: Tensor) -> Coefficients:
         """skip = push / var, the slope of the linear regression of u on x_t; out^2 = power - push^2 / var, what it leaves."""
         power, push, var = moments.power[:, None], moments.push[:, None], signal + noise
-        left = torch.maximum(power - push.square() / var, power * signal / var)  # the second where rounding leaves nothing
+        left = torch.maximum(
+            power - push.square() / var, power * signal / var
+        )  # the second where rounding leaves nothing
         return push / var, left.sqrt(), var.rsqrt()
 
 

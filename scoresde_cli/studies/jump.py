@@ -92,10 +92,22 @@ class JumpStudy(GridStudy):
                 for data in self.of_size("tails"):
                     for noise, process in NOISES.items():
                         for output, how in OUTPUTS.items():
-                            keys = [f"data={data}", *process, *how, f"network={self.network}", *self.of_size("tail_overrides")]
+                            keys = [
+                                f"data={data}",
+                                *process,
+                                *how,
+                                f"network={self.network}",
+                                *self.of_size("tail_overrides"),
+                            ]
                             kept = [o for o in merged(common, overrides) if not o.startswith("data")]
                             for name, budget in self.limits():
-                                setting = {"part": "tails", "data": data, "noise": noise, "output": output, "budget": name}
+                                setting = {
+                                    "part": "tails",
+                                    "data": data,
+                                    "noise": noise,
+                                    "output": output,
+                                    "budget": name,
+                                }
                                 found.append(Job(merged(kept, keys, budget, more[:1]), setting, seed))
         return found
 
@@ -125,7 +137,11 @@ class JumpStudy(GridStudy):
             found = compare(cells, metrics or NUMBERS, ("part", "data", "law", "budget"), out, self.conclude)
         answers, tables, notes = self.exact(folder, [job for job in jobs if not self.trains_job(job.name)])
         return Findings(
-            [*answers, *found.answers], [*tables, *found.tables], found.figures, [*notes, *found.notes], found.how_to_read
+            [*answers, *found.answers],
+            [*tables, *found.tables],
+            found.figures,
+            [*notes, *found.notes],
+            found.how_to_read,
         )
 
     def exact(self, folder: Path, jobs: Sequence[Job]) -> tuple[list[str], list[Table], list[str]]:

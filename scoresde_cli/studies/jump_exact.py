@@ -80,4 +80,9 @@ def ways_back(
     assert sde.jumps is not None
     times = np.linspace(0, sde.T, 201)
     rates = sde.jumps.rate(torch.as_tensor(times)).numpy() * np.ones_like(times)
-    return rows, {"floor": low, "floor_high": high, "expected_jumps": float(np.trapezoid(rates, times)), "T": float(end)}
+    return rows, {
+        "floor": low,
+        "floor_high": high,
+        "expected_jumps": float(np.trapezoid(rates, times)),
+        "T": float(end),
+    }
