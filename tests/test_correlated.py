@@ -446,7 +446,9 @@ def model_of(sde, make=None, parameterisation=None):
 DOORS = [(name, Residual("full")) for name in SDES] + [(name, p) for name in WIDE for p in (Eps(), X0())]
 
 
-@pytest.mark.parametrize(("name", "parameterisation"), DOORS, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
+@pytest.mark.parametrize(
+    ("name", "parameterisation"), DOORS, ids=lambda v: v if isinstance(v, str) else type(v).__name__
+)
 def test_the_model_s_doors_agree_with_autograd_in_both_coordinates(name, parameterisation):
     sde = SDES[name]
     model = model_of(sde, parameterisation=parameterisation)
@@ -489,7 +491,9 @@ MAKERS = {
     "dsm": lambda **k: DSM(**k), "dsm_cv": lambda **k: DSMCV(Rademacher(), 1, threshold=1.0, **k),
 }  # fmt: skip
 EVERY = [(name, loss) for name in WIDE[:3] for loss in MAKERS if loss != "dsm_cv" or name in LINEAR]
-EVERY += [("matrix ar1", loss) for loss in ("ism", "ssm", "dsm")]  # a loss sees white coordinates alone, and these are slow
+EVERY += [
+    ("matrix ar1", loss) for loss in ("ism", "ssm", "dsm")
+]  # a loss sees white coordinates alone, and these are slow
 
 
 def z(values, expected=0.0):

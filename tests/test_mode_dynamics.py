@@ -33,7 +33,9 @@ def test_eigenvalues_are_those_of_the_matrix(kind, rho):
 )  # fmt: skip
 def test_the_table_of_spectra(kind, rho, condition, dimension):
     found = [modes.eigenvalues(kind, rho, d) for d in DIMS]
-    assert [modes.condition(lam) for lam in found] == pytest.approx(condition, rel=0.01)  # two to three digits were printed
+    assert [modes.condition(lam) for lam in found] == pytest.approx(
+        condition, rel=0.01
+    )  # two to three digits were printed
     assert [modes.effective_dimension(lam) for lam in found] == pytest.approx(dimension, rel=0.04)
 
 
@@ -94,7 +96,9 @@ def test_the_closed_form_is_what_the_sampler_does():
     d, n, steps = 4, 8192, 12
     sde = Correlated("ar1", 0.8, beta_min=modes.B, beta_max=modes.B, shape=(d,))
     C = sde.L.cov(torch.eye(d, dtype=torch.float64))
-    kappa, basis = torch.linalg.eigh(torch.linalg.inv(torch.linalg.cholesky(C)) @ torch.linalg.inv(torch.linalg.cholesky(C)).T)
+    kappa, basis = torch.linalg.eigh(
+        torch.linalg.inv(torch.linalg.cholesky(C)) @ torch.linalg.inv(torch.linalg.cholesky(C)).T
+    )
     oracle = Oracle(Mixture(torch.ones(1), torch.zeros(1, d), torch.ones(1, d)), sde)
     sampler = EulerODE(steps=steps, grid="power", rho=modes.POWER, denoise=False, t_min=modes.T_MIN)
     z = sde.white.into(sampler.sample(oracle, sde, (d,), n, 0, dtype=torch.float64).x) @ basis
@@ -110,6 +114,8 @@ def test_two_modes_have_the_condition_number_that_is_asked_for():
     K = law.covariances()[0] + law.means[0][:, None] * law.means[0]
     lam = torch.linalg.eigvalsh(K)
     assert float(lam.mean()) == pytest.approx(1.0)
-    assert float(lam[-1] / lam[0]) == pytest.approx(779.4 * (1 + 1.75**2), rel=1e-3)  # 779.4: of AR(1) with 0.95 in 32 dimensions
+    assert float(lam[-1] / lam[0]) == pytest.approx(
+        779.4 * (1 + 1.75**2), rel=1e-3
+    )  # 779.4: of AR(1) with 0.95 in 32 dimensions
     found = torch.linalg.eigvalsh(torch.cov(data.splits["train"].double().T))
     assert torch.allclose(found, lam, rtol=0.05)

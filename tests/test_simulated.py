@@ -91,7 +91,9 @@ def test_a_batch_from_the_pool_has_the_law_of_times_and_of_x_t_and_is_a_function
     # Six pools of 128 stratified times each: the empirical laws are within one stratum of half of them.
     assert kstest(t.numpy(), every.numpy()).statistic < 2 / 128
     rows = torch.cat([rows for rows, *_ in found])
-    z = (x - OU.alpha(t)[:, None] * ROWS[rows]) / OU.sigma(t)[:, None]  # white, if x_t comes from these rows at these times
+    z = (x - OU.alpha(t)[:, None] * ROWS[rows]) / OU.sigma(t)[
+        :, None
+    ]  # white, if x_t comes from these rows at these times
     # 6 x 2048 paths, each seen 2.5 times at correlated times.
     assert float(z.mean(0).abs().max()) < 5 / (6 * 2048) ** 0.5 + 0.01
     assert float((z.T @ z / len(z) - torch.eye(2)).abs().max()) < 5 * (2 / (6 * 2048)) ** 0.5 + 0.02
@@ -248,7 +250,15 @@ def test_the_density_at_T_is_refused_in_many_dimensions():
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cli, tmp_path):
-    keys = ["sde=double_well", "sampler=heun_ode", "sampler.steps=3", "sde.refresh=7", "sde.paths=64", "sde.steps=20", *NO_FIGURES]
+    keys = [
+        "sde=double_well",
+        "sampler=heun_ode",
+        "sampler.steps=3",
+        "sde.refresh=7",
+        "sde.paths=64",
+        "sde.steps=20",
+        *NO_FIGURES,
+    ]
     keys += [k for k in SMALL if not k.startswith(("steps", "checkpoint.every", "eval.n"))]
     keys += ["checkpoint.every=10", "optimizer.schedule=constant", "eval.n=50", "eval.metrics=[loss]"]
     assert cli("train", *keys, "steps=25", "dir=whole")[0] == 0

@@ -11,7 +11,8 @@ from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.metrics.score_error import score_error, squared_errors
 from scoresde_cli.networks.energy_mlp import EnergyMLP
-from scoresde_cli.networks.model import ScoreModel, fit_gaussian, gaussian_model
+from scoresde_cli.networks.flow_model import gaussian_model
+from scoresde_cli.networks.model import ScoreModel, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.projections import Rademacher
 from scoresde_cli.rng import generator, normal
@@ -51,7 +52,9 @@ def test_a_model_has_no_time():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("loss", [ISM("one"), SSM(Rademacher(), 2, "one"), SSMVR(Rademacher(), 1, "one")], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    "loss", [ISM("one"), SSM(Rademacher(), 2, "one"), SSMVR(Rademacher(), 1, "one")], ids=lambda v: v.name
+)
 def test_the_loss_is_the_fisher_divergence_up_to_a_constant(loss):
     """E[|S|^2 + 2 tr J] = E|S - s|^2 - E|s|^2 with the exact s on the clean data (Hyvarinen 2005, theorem 1)."""
     network = randomise(EnergyMLP((2,), 16, 2), 0)
@@ -94,8 +97,22 @@ def test_training_learns_sampling_and_reading_back_work(cli, tmp_path):
     """250 steps bring the error on clean data well below that of the Gaussian; a run knows where its sampling starts."""
     from scoresde_cli import load_run
 
-    keys = ["data.radius=2.83", "data.std=0.7", "network=energy_mlp", "network.width=16", "optimizer.lr=2e-2", "sampler.steps=20"]
-    small = ["data.n=4000", "eval.n=300", "tracker.mode=disabled", "device=cpu", "eval.metrics=[score_error]", "steps=250"]
+    keys = [
+        "data.radius=2.83",
+        "data.std=0.7",
+        "network=energy_mlp",
+        "network.width=16",
+        "optimizer.lr=2e-2",
+        "sampler.steps=20",
+    ]
+    small = [
+        "data.n=4000",
+        "eval.n=300",
+        "tracker.mode=disabled",
+        "device=cpu",
+        "eval.metrics=[score_error]",
+        "steps=250",
+    ]
     code, _, err = cli("train", "sde=static", "sampler=langevin", *keys, *small, "dir=run")
     assert code == 0, err
     run = load_run(tmp_path / "run")

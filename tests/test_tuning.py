@@ -60,7 +60,9 @@ def test_the_step_of_a_batch_in_parts_is_the_mean_gradient_of_the_parts(monkeypa
     plan = parts_of("loss=dsm", "batch_size=60", "accumulate=3").plan()
     state, found = loop.start(plan), []
     monkeypatch.setattr(
-        plan.optimizer, "apply", lambda optimizer, rate: found.append([p.grad.clone() for p in plan.model.network.parameters()])
+        plan.optimizer,
+        "apply",
+        lambda optimizer, rate: found.append([p.grad.clone() for p in plan.model.network.parameters()]),
     )
     torch.nn.init.normal_(plan.model.network.last.weight, generator=generator(0, "w"))
     value = loop.train_step(plan, state, 1e-3)

@@ -61,11 +61,13 @@ class HF(Images):
         except Exception as problem:  # every way in which bytes can fail to be an image
             raise Unreadable(f"data.path={path}: an image is not readable: {one_line(problem)[:120]}") from problem
         turned = [picture.getexif().get(ORIENTATION, 1) >= 5 for picture in pictures]
-        check_sizes(Counter(p.size[::-1] if t else p.size for p, t in zip(pictures, turned, strict=True)), path, size, fit)
+        check_sizes(
+            Counter(p.size[::-1] if t else p.size for p, t in zip(pictures, turned, strict=True)), path, size, fit
+        )
         grey = channels == 1 if channels is not None else all(picture.mode in GREY for picture in pictures)
         u = torch.from_numpy(np.stack([levels_of(picture, grey, size, fit) for picture in pictures]))
         codes: torch.Tensor | None = None
-        classes: list[Any] = []
+        classes: list[str] = []
         if label is not None:
             codes, names = class_codes(np.array(rows[label][:]), path)
             known = getattr(rows.features[label], "names", None)
@@ -132,5 +134,7 @@ def column(rows: Any, kind: str, given: str | None, path: str) -> str:
             f"data.{kind}={given}: no column of {kind}s in {path}; it has {', '.join(rows.features)}{nearest(given, rows.features)}"
         )
     if given is None and not found:
-        raise ScoreSDEError(f"data.path={path}: no column of {kind}s; it has {', '.join(rows.features)}; name one by data.{kind}=")
+        raise ScoreSDEError(
+            f"data.path={path}: no column of {kind}s; it has {', '.join(rows.features)}; name one by data.{kind}="
+        )
     return given or found[0]

@@ -50,7 +50,9 @@ class IDX(Images):
         if len(sizes) > 1:
             listed = ", ".join(f"{f.name} {p.shape[1]} x {p.shape[2]}" for f, p in zip(files, parts, strict=True))
             raise Unreadable(f"data.path={path}: the files hold images of unlike sizes ({listed}); name one of them")
-        with nullcontext() if labels else suppress(ScoreSDEError):  # labels that the model is not given serve metrics alone
+        with (
+            nullcontext() if labels else suppress(ScoreSDEError)
+        ):  # labels that the model is not given serve metrics alone
             names = np.concatenate([read_labels(f, len(p)) for f, p in zip(files, parts, strict=True)])
             found = class_codes(names, path)
         u = torch.from_numpy(np.concatenate(parts)).unsqueeze(1)
@@ -70,7 +72,9 @@ class IDX(Images):
             u = in_blocks(lambda block: area_pool(block, size).round().to(torch.uint8), u)
         sha256 = {str(file.resolve()): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         facts = {"path": str(Path(path).expanduser().resolve()), "sha256": sha256, "pooled_from": [height, width]}
-        super().__init__(u, 255, codes, classes, labels=labels, dequantise=dequantise, seed=seed, path=path, facts=facts)
+        super().__init__(
+            u, 255, codes, classes, labels=labels, dequantise=dequantise, seed=seed, path=path, facts=facts
+        )
 
 
 def image_files(place: Path, path: str) -> list[Path]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scoresde_cli import divergence
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import MinTime, Times, Weighting
 from scoresde_cli.losses.ssm import SSM
@@ -35,7 +36,9 @@ START = 0.25  # the threshold until w has been estimated
 MOST = 0.9  # greater weights gain less than a tenth of the variance of SSM, and are taken as one, which no error of w can worsen
 CELLS = 512  # of time
 THIN = 4  # no time is drawn less often than one in so many of the loss's own law
-LEAST = 0.4  # smaller weights save less than two fifths of the noise of DSM, and cost a direction: they are taken as zero
+LEAST = (
+    0.4  # smaller weights save less than two fifths of the noise of DSM, and cost a direction: they are taken as zero
+)
 
 
 def sigmoid(ratio: Tensor, threshold: float) -> Tensor:
@@ -136,6 +139,15 @@ class DSMCV(SSM):
         super().__init__(projection, n_proj, weighting, half, times, t_min)
         self.threshold = threshold
         self.tables: dict[tuple[int, torch.dtype, torch.device], tuple[SDE, Table]] = {}
+
+    def check(self, model: FieldModel, sde: SDE) -> None:
+        super().check(model, sde)
+        white = sde.whitening()
+        kernel = (sde if white is None else white.sde).kernel()
+        if kernel is not None and not kernel.scalar:
+            raise ScoreSDEError(
+                "loss=dsm_cv needs one noise level for all directions: sde.drift=isotropic; ssm_vr and dsm work"
+            )
 
     def weight_of(self, sde: SDE, t: Tensor) -> Tensor:
         """w, (B,), exactly zero where it is small, and one where it is near one."""

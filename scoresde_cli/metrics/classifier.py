@@ -73,7 +73,11 @@ class Classifier(Metric):
             yield self.numbers(a, b)
 
     def detail(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        of = {"classes": self.names, "samples": self.shares(self.seen(x)).tolist(), "data": self.shares(self.seen(y)).tolist()}
+        of = {
+            "classes": self.names,
+            "samples": self.shares(self.seen(x)).tolist(),
+            "data": self.shares(self.seen(y)).tolist(),
+        }
         return {"class_balance": of}
 
     def protocol(self) -> dict[str, Any]:

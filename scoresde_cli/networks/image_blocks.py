@@ -59,7 +59,9 @@ class Normalise(torch.autograd.Function):
     """(u (B, C, H, W), du (K, m, C, H, W), s (B, C), b (B, C)) -> (h, dh) as above, differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, du: Tensor, s: Tensor, b: Tensor, groups: int, bent: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, u: Tensor, du: Tensor, s: Tensor, b: Tensor, groups: int, bent: bool
+    ) -> tuple[Tensor, Tensor]:
         m, pixels = du.shape[1], u.shape[-2] * u.shape[-1]
 
         def mean(sums: Tensor) -> Tensor:

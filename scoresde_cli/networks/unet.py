@@ -41,7 +41,9 @@ class UNet(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if len(shape) > 3:
-            raise ScoreSDEError(f"network=unet: the data has the shape {tuple(shape)}, expected images (channels, height, width)")
+            raise ScoreSDEError(
+                f"network=unet: the data has the shape {tuple(shape)}, expected images (channels, height, width)"
+            )
         default = SIZES[size]
         width, ratios = channels or default[0], default[1] if multipliers is None else list(multipliers)
         if not ratios:

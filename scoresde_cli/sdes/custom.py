@@ -53,7 +53,9 @@ class Custom(Simulated):
             if not isinstance(found, Tensor) or tuple(found.shape) not in fits[name]:
                 got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 wanted = " or ".join(map(str, sorted(fits[name], key=len)))
-                raise ScoreSDEError(f"sde.{name}: {type(part).__name__} gives {got} for x {tuple(x.shape)}, expected {wanted}")
+                raise ScoreSDEError(
+                    f"sde.{name}: {type(part).__name__} gives {got} for x {tuple(x.shape)}, expected {wanted}"
+                )
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         found: Tensor = self.f(x, t)  # type: ignore[operator]

@@ -57,7 +57,9 @@ class Static(SDE):
         if "start" not in self.kept:
             x = torch.zeros(1, d) if train is None else train.flatten(1)
             var = torch.ones(1) if train is None else x.double().var(0, correction=0).mean().reshape(1)
-            self.kept["start"] = torch.cat([x.double().mean(0), var]).unsqueeze(0)  # (1, d + 1): the mean, and the mean variance
+            self.kept["start"] = torch.cat([x.double().mean(0), var]).unsqueeze(
+                0
+            )  # (1, d + 1): the mean, and the mean variance
         self.centre, self.variance = self.kept["start"][0, :-1], float(self.kept["start"][0, -1])
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def spectrum(rhos: Sequence[float], dims: Sequence[int]) -> Table:
             cells = [f"{number(modes.condition(lam))} / {modes.effective_dimension(lam):.2f}" for lam in found]
             rows.append([f"{kind} {rho:g}", *cells])
     note = "Of equi the condition number grows like d and the effective dimension stays below 1/rho^2; of ar1 it is the other way."
-    return Table("Spectrum of Sigma: condition number / effective dimension", ["", *(f"d = {d}" for d in dims)], rows, note)
+    return Table(
+        "Spectrum of Sigma: condition number / effective dimension", ["", *(f"d = {d}" for d in dims)], rows, note
+    )
 
 
 def forgetting(rhos: Sequence[float], dims: Sequence[int]) -> Table:
@@ -71,7 +73,9 @@ def steps(rhos: Sequence[float], dims: Sequence[int], worst: bool) -> Table:
                     else:
                         cells.append(" / ".join(number(modes.steps_to(k, way, "mean", 1e-3)) for way in (False, True)))
                 rows.append([f"{kind} {rho:g}: {name}", *cells])
-    what = "the worst eigenmode's variance is within 5 percent (flow)" if worst else "KL / d <= 0.001 (flow / reverse SDE)"
+    what = (
+        "the worst eigenmode's variance is within 5 percent (flow)" if worst else "KL / d <= 0.001 (flow / reverse SDE)"
+    )
     note = (
         "Exact score, Euler's method, b = 8, T = 1, times from 1 to 0.001 even in t^(1/3); numbers of steps on a ladder of 1.15. "
         "never: the prior, which knows nothing of the data, is already off by more in that mode. Data of smaller variance, 0.25, "
@@ -103,7 +107,12 @@ def score_errors(cells: Sequence[analysis.Cell]) -> Table:
         groups.setdefault(row, []).append(cell.summary["score_error"]["value"])
     rows = [[*row, number(float(np.mean(values))), str(len(values))] for row, values in groups.items()]
     note = "Each in units of its own noise, (s - s*)^T C (s - s*), so between different Sigma only the order of magnitude compares."
-    return Table("Errors of the trained scores", ["d", "budget", "data", "Sigma", "parameterisation", "error", "seeds"], rows, note)
+    return Table(
+        "Errors of the trained scores",
+        ["d", "budget", "data", "Sigma", "parameterisation", "error", "seeds"],
+        rows,
+        note,
+    )
 
 
 def figure(rhos: Sequence[float], path: Path) -> Path:
@@ -120,7 +129,9 @@ def figure(rhos: Sequence[float], path: Path) -> Path:
                     x, y = zip(*there, strict=True)
                     found.append(Curve(f"rho {rho:g}, {name}", list(x), [float(v) for v in y]))
         panels[kind] = found
-    return curves(panels, path, "d", "steps", "steps of the flow until the worst mode is within 5 percent (gaps: never)")
+    return curves(
+        panels, path, "d", "steps", "steps of the flow until the worst mode is within 5 percent (gaps: never)"
+    )
 
 
 @dataclass(kw_only=True)
@@ -181,7 +192,11 @@ class Correlation(GridStudy):
         ]  # fmt: skip
         shown = Figure(figure(rhos, out / "steps.png"), "Closed form: exact score, Euler's method on the flow.")
         return Findings(
-            [*ANSWERS, *found.answers], [*tables, *found.tables], [shown, *found.figures], found.notes, found.how_to_read
+            [*ANSWERS, *found.answers],
+            [*tables, *found.tables],
+            [shown, *found.figures],
+            found.notes,
+            found.how_to_read,
         )
 
     def conclude(self, panel: analysis.Panel) -> list[str]:

@@ -118,7 +118,9 @@ def steps_to(kappa: Array, stochastic: bool, criterion: Literal["mean", "worst"]
     """The fewest steps of the ladder that keep KL / d, or the worst mode's error, within the tolerance; None where none do."""
     kappa, counts = np.unique(np.round(kappa, 12), return_counts=True)
     m2 = math.exp(-B)
-    floor = np.abs(1.0 / (kappa * m2 + 1.0 - m2) - 1.0)  # what the prior leaves of a mode when the flow is followed exactly
+    floor = np.abs(
+        1.0 / (kappa * m2 + 1.0 - m2) - 1.0
+    )  # what the prior leaves of a mode when the flow is followed exactly
     if criterion == "worst" and not stochastic and floor.max() > tolerance:
         return None
     for n in ladder():

@@ -237,7 +237,10 @@ def image_area(options) -> list[Row]:
 
     few: Contenders = {"dsm": stepper(plan(DSM())), "ssm_vr n_proj=1": stepper(plan(SSMVR(Rademacher(), 1)))}
     few["dsm_cv n_proj=1"] = stepper(plan(DSMCV(Rademacher(), 1)))
-    few |= {"dsm, bf16": stepper(plan(DSM(), low=True)), "ssm_vr n_proj=1, bf16": stepper(plan(SSMVR(Rademacher(), 1), low=True))}
+    few |= {
+        "dsm, bf16": stepper(plan(DSM(), low=True)),
+        "ssm_vr n_proj=1, bf16": stepper(plan(SSMVR(Rademacher(), 1), low=True)),
+    }
     times = in_turns(few, options.repeats, options.seconds)
     against = {
         name: f"{statistics.median(a / b for a, b in zip(found, times['dsm'], strict=True)):.2f} of the time of dsm"
@@ -466,7 +469,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=0.3, help="of calls in a turn")
     parser.add_argument("--images", type=int, default=32, help="images a batch in the area image")
-    parser.add_argument("--cpu", action="store_true", help="processor time, not the clock's: for a busy machine, --threads 1")
+    parser.add_argument(
+        "--cpu", action="store_true", help="processor time, not the clock's: for a busy machine, --threads 1"
+    )
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--small", action="store_true", help="tiny cases, one turn: does it run at all?")
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
