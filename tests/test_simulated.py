@@ -236,7 +236,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("keys", "says"), WRONG, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("keys", "says"), WRONG, ids=[says for _, says in WRONG])
 def test_a_process_of_one_s_own_is_checked(keys, says):
     with pytest.raises(ScoreSDEError, match=says) as found:
         custom(**keys)
