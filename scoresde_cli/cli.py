@@ -108,7 +108,8 @@ def dispatch(arguments: list[str]) -> int:
         if processes.rank():
             importlib.import_module("scoresde_cli.together").follow()
             return 0
-    module = f"scoresde_cli.commands.{name}"
+    # `batch` writes what other commands do, so it stands above them.
+    module = "scoresde_cli.batch" if name == "batch" else f"scoresde_cli.commands.{name}"
     if not COMMANDS[name][1]:
         return importlib.import_module(module).main(rest)
     from scoresde_cli import hydra_app, provenance

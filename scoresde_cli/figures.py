@@ -278,15 +278,16 @@ def class_grid(data: Dataset, of_classes: Tensor, title: str, path: Path, across
 
 
 def score_curves(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> Path:
-    """The error of the score by time, on logarithmic axes, with its interval: the model's and the baseline's."""
+    """The error of a field by time, on logarithmic axes, with its interval: the model's and the baseline's."""
+    field = next(iter(curves)).removesuffix("_error")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 3.6))
         for (name, curve), colour in zip(curves.items(), (MODEL, "0.35"), strict=False):
-            label = "model" if name == "score_error" else "Gaussian with the data's moments"
+            label = "model" if not name.endswith("_baseline") else "Gaussian with the data's moments"
             axes.plot(curve["t"], curve["value"], color=colour, lw=1.6, marker="o", ms=3, label=label)
             axes.fill_between(curve["t"], curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
-        axes.set(xscale="log", yscale="log", xlabel="t", ylabel=r"E $\sigma^2\,|S - S^*|^2$")
-        axes.set_title(f"error of the score by time; {title}", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel="t", ylabel="E |error|², scaled")
+        axes.set_title(f"error of the {field} by time; {title}", fontsize=8)
         axes.legend(fontsize=8)
         return finish(figure, path)
 

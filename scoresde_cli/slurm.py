@@ -3,8 +3,9 @@
 What a job is at is known from files and from Slurm, never from the parent's memory. Before an array is submitted, its name, which
 no other array has, and the jobs in it are written to .slurm/NAME.json in the sweep's directory; so a later parent finds in the
 queue what an earlier one has submitted, waits for that, and submits the rest. A job is over where submitit's file with its result
-is there. One that has left the queue without that file was cancelled, or lost, or ended by a signal: after SETTLE seconds it is
-listed as failed, with what Slurm remembers of it, by sacct where that works, else by scontrol.
+is there. One that has left the queue without that file, for SETTLE seconds, was cancelled, or lost, or ended by a signal (before
+submitit could take it, say). What Slurm remembers of it, by sacct where that works, else by scontrol, decides: it is submitted
+again, up to TIMES times, or listed as failed.
 
 submitit requeues a job on the signal before the end of its time and on preemption, Slurm after the loss of a node; each goes on in
 its own directory, from its last checkpoint (training/stop.py saves one first where there is time).
@@ -20,7 +21,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +35,11 @@ from scoresde_cli.tracking import console
 from scoresde_cli.training.state import write_durably
 
 EVERY, SETTLE, ASK = 0.5, 15.0, 5.0  # seconds: between looks at files, for a file to show, between questions to Slurm
+TIMES = 2
+FOR_GOOD = ("CANCELLED", "OUT_OF_MEMORY", "DEADLINE")  # to do it again would be against somebody's will, or in vain
 TAIL = 5  # lines of a lost job's log that are shown
-STUCK = (
-    "JobHeld",
-    "launch_failed_requeued_held",
-    "BadConstraints",
-    "PartitionTimeLimit",
-    "PartitionNodeLimit",
-    "QOS",
-    "Assoc",
-)
+LAUNCH = "launch failed requeued held"  # after a node that could not start it
+STUCK = (LAUNCH, "JobHeld", "BadConstraints", "PartitionTimeLimit", "PartitionNodeLimit", "QOS", "Assoc")
 
 
 @dataclass(frozen=True)
@@ -100,13 +97,15 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_id
     new = [job for name, job in left.items() if name not in {one.job.folder.name for one in there}]
     try:
         there += submit(launcher, sweep, new) if new else []
-        wait(there, root)
+        last = wait(there, root, lambda job: submit(launcher, sweep, [job]))
     except BaseException:
         console.warn(
             "the jobs go on in Slurm: the same command waits for them, scancel ends them (squeue --me lists them)"
         )
         raise
-    return [results[job.number] if job.number in results else result(root, there, job, launcher) for job in jobs]
+    return [
+        results[job.number] if job.number in results else result(root, last[job.number], job, launcher) for job in jobs
+    ]
 
 
 def place(launcher: Any, overrides: Sequence[str]) -> Path:
@@ -185,10 +184,11 @@ def refusal(problem: Exception) -> str:
     return one_line(said.group(1) if said else text)[:300]
 
 
-def wait(jobs: Sequence[Submitted], root: Path) -> None:
-    """Until every job has a result, or is out of the queue without one."""
+def wait(jobs: Sequence[Submitted], root: Path, again: Callable[[Job], list[Submitted]]) -> dict[int, str]:
+    """Until every job has a result, or is out of the queue without one for good; the last Slurm id of each."""
     there: dict[str, tuple[str, str, str]] | None = {}
-    asked, left = -ASK, list(jobs)
+    asked, left, losses = -ASK, list(jobs), Counter[int]()
+    last = {one.job.number: one.id for one in jobs}
     while left:
         if time.monotonic() - asked > ASK:
             there, asked = queued(), time.monotonic()
@@ -207,28 +207,43 @@ def wait(jobs: Sequence[Submitted], root: Path) -> None:
                 one.missed = one.missed or asked
                 if asked - one.missed > SETTLE:
                     left.remove(one)
-                    if not failed_meanwhile(one.job.folder):
-                        give_up(one.job.folder, f"{fate(one.id)}; {last_words(one, root)}", 1)
+                    state = ended(one.id)
+                    losses[one.job.number] += 1
+                    if state not in FOR_GOOD and losses[one.job.number] <= TIMES:
+                        console.warn(f"{one.job.folder.name}: {fate(one.id, state)}; once more")
+                        left += again(one.job)
+                        last[one.job.number] = left[-1].id
+                    elif not failed_meanwhile(one.job.folder):
+                        give_up(one.job.folder, f"{fate(one.id, state)}; {last_words(one, root)}", 1)
         if left:
             time.sleep(EVERY)
+    return last
 
 
 def tell(one: Submitted, name: str, state: str, reason: str) -> None:
-    """Say once of a job that Slurm will not start by itself why not."""
-    if state == "PENDING" and not one.told and reason.startswith(STUCK):
-        one.told = True
-        console.warn(
-            f"{one.job.folder.name}: Slurm holds job {one.id} ({reason}); `scontrol release {one.id}` or scancel"
-        )
+    """Say once of a job that Slurm will not start by itself why not; let go of one that is held because of the node it was on."""
+    reason = reason.replace("_", " ")
+    if state != "PENDING" or one.told or not reason.startswith(STUCK):
+        return
+    one.told = True
+    where = f"{one.job.folder.name}: Slurm holds job {one.id} ({reason})"
+    if reason == LAUNCH and query("scontrol", "release", one.id) is not None:
+        console.warn(f"{where}; released")
+    else:
+        console.warn(f"{where}; `scontrol release {one.id}` or scancel")
 
 
-def fate(job: str) -> str:
-    """What Slurm remembers of a job that is no longer in the queue."""
+def ended(job: str) -> str:
+    """The state in which a job that is no longer in the queue has ended, as Slurm remembers it; empty where it does not."""
     found = query("sacct", "-n", "-X", "-P", "-o", "State", "-j", job)
-    state = found.split("\n")[0].split()[0] if found and found.strip() else ""
-    if not state:
-        told = re.search(r"JobState=(\S+)", query("scontrol", "show", "job", "-o", job) or "")
-        state = told.group(1) if told else ""
+    if found and found.strip():
+        return found.split()[0]
+    told = re.search(r"JobState=(\S+)", query("scontrol", "show", "job", "-o", job) or "")
+    return told.group(1) if told else ""
+
+
+def fate(job: str, state: str) -> str:
+    """The end of a job in words."""
     words = {
         "CANCELLED": "was cancelled", "TIMEOUT": "was ended by its time limit", "NODE_FAIL": "was lost with its node",
         "OUT_OF_MEMORY": "was out of memory (hydra.launcher.mem_gb)", "PREEMPTED": "was preempted and not requeued",
@@ -249,15 +264,14 @@ def last_words(one: Submitted, root: Path) -> str:
     return f"its last lines: {' | '.join(said[-TAIL:])}" if said else "it had said nothing"
 
 
-def result(root: Path, there: Sequence[Submitted], job: Job, launcher: Any) -> Any:
+def result(root: Path, last: str, job: Job, launcher: Any) -> Any:
     """What Hydra's sweepers want to know of a job: its return value, NaN where it has none."""
     from hydra.core.utils import JobReturn, JobStatus
 
-    (one,) = [one for one in there if one.job is job]
     try:
         import cloudpickle  # as submitit has written it, in the user's own directory
 
-        kind, found = cloudpickle.loads(result_file(root, one.id).read_bytes())
+        kind, found = cloudpickle.loads(result_file(root, last).read_bytes())
         if kind == "success":
             return found
         give_up(job.folder, one_line(str(found).strip().splitlines()[-1])[:300], 1, str(found))

@@ -30,7 +30,8 @@ from scoresde_cli.evaluation import (
 from scoresde_cli.identity import randomise
 from scoresde_cli.likelihood import Flow
 from scoresde_cli.metrics.nll import nll
-from scoresde_cli.networks.model import ScoreModel, fit_gaussian, gaussian_model
+from scoresde_cli.networks.flow_model import gaussian_model
+from scoresde_cli.networks.model import ScoreModel, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.networks.unet import UNet
 from scoresde_cli.projections import Coordinate, Rademacher

@@ -111,7 +111,9 @@ def test_the_gradient_has_no_bias_with_fixed_and_with_estimated_weights():
     def anew(i):
         row = mixer.measure(plan, i, 32)
         w = mixing.optimum([row])
-        return plan.loss.weighing(*(ByLevel(mixer.nodes, torch.tensor(each)) for each in (w, mixing.allocation([row], w, 1))))
+        return plan.loss.weighing(
+            *(ByLevel(mixer.nodes, torch.tensor(each)) for each in (w, mixing.allocation([row], w, 1)))
+        )
 
     once = anew(10_000)
     ism = gradients(plan, lambda i: ISM(), 120)
@@ -212,7 +214,9 @@ def test_times_that_are_drawn_less_often_are_weighted_for_it(estimated):
     plan, loss = plan_of(2), DSMCV(Rademacher(), 1, 0.5)
     if estimated:
         nodes = Mixer(plan.loss, plan.sde).nodes
-        loss = loss.weighing(ByLevel(nodes, torch.zeros(BINS)), ByLevel(nodes, 1.0 + 0.75 * torch.sin(torch.arange(BINS))))
+        loss = loss.weighing(
+            ByLevel(nodes, torch.zeros(BINS)), ByLevel(nodes, 1.0 + 0.75 * torch.sin(torch.arange(BINS)))
+        )
     x0, sums, law, sparse, plain = torch.zeros(128, 2, dtype=torch.float64), [], [], [], []
     for i in range(400):
         t, noised = loss.noise(plan.sde, x0, generator(i, "thin"))

@@ -235,7 +235,10 @@ class Checkpoint:
             raise Unreadable("the checkpoint does not fit the run's network: optimizer.pt is another one's")
 
 
-CHOICES = ({"step", "n_proj", "r", "data", "projection"}, {"step", "threshold", "w", "density", "cross", "square", "plain"})
+CHOICES = (
+    {"step", "n_proj", "r", "data", "projection"},
+    {"step", "threshold", "w", "density", "cross", "square", "plain"},
+)
 
 
 def is_choice(row: Any) -> bool:

@@ -66,8 +66,6 @@ def main(arguments: list[str]) -> int:
 
 def read(words: list[str]) -> Keys:
     """The keys before `train`. Raises ScoreSDEError for one that is none, or a value that is not of its kind."""
-    import yaml
-
     given = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -77,7 +75,7 @@ def read(words: list[str]) -> Keys:
                 f"batch: {word}: expected one of {', '.join(f'{k}=' for k in known)}{nearest(name, known)}"
             )
         number = value.isdigit() and name not in ("time", "mem")
-        given[name] = int(value) if number else None if value == "null" else str(yaml.safe_load(f"'{value}'"))
+        given[name] = int(value) if number else None if value == "null" else value.strip("'\"")
     check_call(Keys, given, "batch")
     return Keys(**given)  # type: ignore[arg-type]
 
