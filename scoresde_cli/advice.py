@@ -47,6 +47,10 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
             f"an energy network with optimizer.lr={parts.optimizer.lr:g}: the loss has spikes, which some runs end in; "
             "2e-3 is steady and more exact"
         )
+    if getattr(parts.model.network, "spatial", False) and loss.second_order and not loss.needs_kernel:
+        warnings.append(
+            f"loss={loss.name} on images: a step of loss=dsm takes less than half the time, and learns as much"
+        )
     if loss.second_order and parts.model.parameterisation.warning:
         warnings.append(parts.model.parameterisation.warning)
     left = remembered(parts)
@@ -55,6 +59,13 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
             f"at T one direction still holds {left:.2g} times as much variance of the data as of noise, and the prior knows "
             "nothing of it: take a larger sde.beta_max, sde.sigma=data, or sde.drift=isotropic"
         )
+    if parts.sde.jumps is not None:
+        first = torch.full((1,), s.t_min)
+        share = float(parts.sde.jumps.rate(first)) * s.t_min
+        if share > 2e-3:
+            notes.append(
+                f"at t_min={s.t_min:g} a share of {share:.2g} has jumped, and is not brought back: a smaller t_min leaves fewer"
+            )
     if parts.optimizer.schedule == "constant" and s.ema is None:
         warnings.append("a constant learning rate without ema: the last weights carry the noise of the last steps")
     if s.steps < 2000:

@@ -23,7 +23,8 @@ from scoresde_cli.losses.base import Loss, Times
 from scoresde_cli.losses.dsm_cv import DSMCV
 from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.networks import dual
-from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_white, gaussian_model
+from scoresde_cli.networks.flow_model import gaussian_model, model_of
+from scoresde_cli.networks.model import Gaussian, ScoreModel, fit_white
 from scoresde_cli.networks.parameterisation import Parameterisation, covariance_for
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler
@@ -56,7 +57,6 @@ class Settings:
     steps: PositiveInt
     max_seconds: PositiveFloat | None
     batch_size: PositiveInt
-    accumulate: PositiveInt
     seed: NonNegativeInt
     t_min: Annotated[float, Field(gt=0, lt=1)]
     times: Times
@@ -71,6 +71,7 @@ class Settings:
     divergence: dict[str, Any]
     checkpoint: dict[str, Any]
     eval: dict[str, Any]
+    accumulate: PositiveInt = 1
     objective: str | None = None
     dir: PathText | None = None
     resume: PathText | None = None
@@ -237,8 +238,10 @@ def pick_device(name: str) -> torch.device:
         raise ScoreSDEError(f"device={name}: expected auto, cpu, cuda, cuda:INDEX or mps") from None
 
 
-def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int, classes: int = 0) -> nn.Module:
-    """The network with weights that depend on the seed alone. Raises ScoreSDEError where the data has labels and it takes none."""
+def build_network(
+    node: Mapping[str, Any], shape: tuple[int, ...], seed: int, classes: int = 0, number: int = 0
+) -> nn.Module:
+    """The network, its weights of the seed and its number alone. Raises where the data has labels and it takes none."""
     runtime: dict[str, Any] = {"shape": tuple(shape)}
     if isinstance(node, Mapping) and "classes" in takes(node, "network"):
         runtime["classes"] = classes
@@ -247,7 +250,7 @@ def build_network(node: Mapping[str, Any], shape: tuple[int, ...], seed: int, cl
             f"network={node.get('_target_')}: it takes no labels (no argument `classes`); leave out data.labels"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "init").initial_seed())
+        torch.manual_seed(generator(seed, "init", *([number] if number else [])).initial_seed())
         network: nn.Module = build(node, "network", **runtime)
     return network
 
@@ -272,7 +275,7 @@ def build_loss(node: Mapping[str, Any], keys: Settings) -> Loss:
     if node.get("n_proj", "auto") != "auto":
         raise ScoreSDEError(f"loss.n_proj={node['n_proj']} with n_proj=auto: say one of them")
     loss: Loss = build({**node, **({"n_proj": 1} if "n_proj" in node else {})}, "loss")
-    if not isinstance(loss, SSM) or loss.needs_kernel or not loss.second_order:
+    if not isinstance(loss, SSM) or loss.needs_kernel or loss.needs_jumps or not loss.second_order:
         raise ScoreSDEError(f"n_proj=auto with loss={loss.name}: expected a number; auto is for loss=ssm and ssm_vr")
     if loss.projection.adapted:
         raise ScoreSDEError(
@@ -285,16 +288,7 @@ def build_loss(node: Mapping[str, Any], keys: Settings) -> Loss:
 
 def match(sde: SDE, loss: Loss, sampler: Sampler, model: ScoreModel) -> None:
     """Refuse parts that do not fit together, naming what would."""
-    if loss.needs_kernel and sde.kernel() is None:
-        why = "has no noise to remove" if sde.still else "is known by its paths alone"
-        raise ScoreSDEError(
-            f"loss={loss.name} needs the law of x_t given x_0 in closed form, and {type(sde).__name__} {why}; "
-            "ism, ssm and ssm_vr work"
-        )
-    if isinstance(loss, DSMCV) and not model.kernel.scalar:
-        raise ScoreSDEError(
-            "loss=dsm_cv needs one noise level for all directions: sde.drift=isotropic; ssm_vr and dsm work"
-        )
+    loss.check(model, sde)
     law = getattr(loss, "projection", None)
     if law is not None and law.adapted and not loss.second_order:
         raise ScoreSDEError(
@@ -340,8 +334,11 @@ def compose(config: Mapping[str, Any], data: Dataset | None = None, gaussian: Ga
     if "train" in data.splits:  # the baseline is the same whatever the parameterisation makes of the moments
         rows, d = len(data.splits["train"]), int(torch.Size(data.shape).numel())
         moments = fit_white(sde, data.splits["train"], "full" if rows > 10 * d else "isotropic")
-    model = ScoreModel(network, sde, parameterisation, gaussian).to(device=device, dtype=dtype)
-    baseline = gaussian_model(sde, moments or gaussian).to(device=device, dtype=dtype)
+    node, shape, classes = config["network"], data.shape, len(data.classes)
+    model = model_of(
+        loss.trains, lambda i: build_network(node, shape, keys.seed, classes, i) if i else network, sde, parameterisation, gaussian
+    ).to(device=device, dtype=dtype)
+    baseline = gaussian_model(sde, moments or gaussian, loss.trains).to(device=device, dtype=dtype)
     model.bounds = data.bounds
     match(sde, loss, sampler, model)
     if sde.still:

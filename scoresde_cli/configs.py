@@ -25,6 +25,11 @@ def load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
+def node(group: str, option: str) -> dict[str, Any]:
+    """An option of a group as its constructor is told it, without the options of other groups that it brings."""
+    return {k: v for k, v in load(conf_dir() / group / f"{option}.yaml").items() if k != "defaults"}
+
+
 def describe(path: Path) -> str:
     """What a file says of itself: its first comment line."""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -87,9 +92,7 @@ def dotted_keys(command: str) -> list[str]:
     for group in groups(command):
         found.add(group)
         for option in options(group):
-            found |= {
-                f"{group}.{key}" for key in load(conf_dir() / group / f"{option}.yaml") if not key.startswith("_")
-            }
+            found |= {f"{group}.{key}" for key in node(group, option) if not key.startswith("_")}
     return sorted(found)
 
 

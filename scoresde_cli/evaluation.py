@@ -13,6 +13,7 @@ from torch import Tensor
 from scoresde_cli.compose import Parts
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, nearest
+from scoresde_cli.fields import FieldModel
 from scoresde_cli.likelihood import Flow
 from scoresde_cli.losses.dsm import DSM
 from scoresde_cli.metrics.base import Metric, compare
@@ -35,7 +36,6 @@ from scoresde_cli.metrics.whitened import WhitenedSlicedWasserstein
 from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.base import Sampler, Samples
-from scoresde_cli.sdes.base import SDE
 from scoresde_cli.training.loop import mean_loss
 
 MANY_PASSES = 30
@@ -48,23 +48,24 @@ OF_SAMPLES: dict[str, type[Metric]] = {
     "columns": Columns, "tails": Tails, "radial_tails": RadialTails,
     "frechet_pca": FrechetPCA, "classifier": Classifier, "fid": FID, "kid": KID,
 }  # fmt: skip
-OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "nll")
+OF_THE_MODEL = ("loss", "denoising_loss", "score_error", "flux_error", "nll")
+FIELDS = {"denoising_loss": "score", "score_error": "score", "flux_error": "flux", "nll": "velocity"}  # what of a model they take
 EXTRA = ("fid", "kid")  # they need more than is installed
 METRICS = (*OF_THE_MODEL, *OF_SAMPLES)
-QUICK = ("loss", "score_error", "sliced_wasserstein", "energy_distance")  # at the end of `train`
+QUICK = ("loss", "score_error", "flux_error", "sliced_wasserstein", "energy_distance")  # at the end of `train`
 
 
-def pick_metrics(asked: Sequence[str] | None, data: Dataset, sde: SDE | None = None) -> list[str]:
-    """The names of what is measured; None for all that mean something on this data, with this process.
+def pick_metrics(asked: Sequence[str] | None, data: Dataset, model: FieldModel | None = None) -> list[str]:
+    """The names of what is measured; None for all that mean something on this data, and of this model.
 
     Raises ScoreSDEError for a name that is none, or means nothing here.
     """
     if asked is None:
-        return [name for name in METRICS if name not in EXTRA and unfit(name, data, sde) is None]
+        return [name for name in METRICS if name not in EXTRA and unfit(name, data, model) is None]
     for name in asked:
         if name not in METRICS:
             raise ScoreSDEError(f"metrics={name}: expected one of {', '.join(METRICS)}{nearest(name, METRICS)}")
-        reason = unfit(name, data, sde)
+        reason = unfit(name, data, model)
         if reason is not None:
             raise ScoreSDEError(f"metrics={name}: {reason}")
     return [name for name in METRICS if name in asked]
@@ -75,15 +76,18 @@ def of_samples() -> set[str]:
     return {number for metric in OF_SAMPLES.values() for number in metric.quantities}
 
 
-def unfit(name: str, data: Dataset, sde: SDE | None = None) -> str | None:
-    """Why a metric means nothing on this data, or with this process; None where it does."""
-    if sde is not None and name == "denoising_loss" and sde.kernel() is None:
-        return f"it needs a closed-form kernel, which {type(sde).__name__} has not"
-    if sde is not None and name == "nll" and sde.still:
+def unfit(name: str, data: Dataset, model: FieldModel | None = None) -> str | None:
+    """Why a metric means nothing on this data, or of this model and its process; None where it does."""
+    if model is not None and name == "denoising_loss" and model.sde.kernel() is None:
+        return f"it needs a closed-form kernel, which {type(model.sde).__name__} has not"
+    if model is not None and name == "nll" and model.sde.still:
         return "nothing flows, so there is no way from the data to a known density"
     if name in OF_SAMPLES:
         return OF_SAMPLES[name].unfit(data)
-    if name == "score_error" and type(data).oracle is Dataset.oracle:
+    field = FIELDS.get(name)
+    if model is not None and field is not None and field not in model.provides:
+        return f"it takes the {field}, and the model has {', '.join(sorted(model.provides))}"
+    if name in ("score_error", "flux_error") and type(data).oracle is Dataset.oracle:
         return "the exact score of this data is not known"
     return None
 
@@ -207,9 +211,12 @@ def evaluate(
         if name in metrics:
             summary |= losses(parts, model, averaged, step, seed, name)
     x_test, truth = held_out(parts), data.oracle(parts.sde)
-    if "score_error" in metrics and truth is not None:
-        for name, candidate in (("score_error", model), ("score_error_baseline", parts.baseline)):
-            summary[name] = score_error(candidate, truth, parts.sde, x_test[:20_000], parts.settings.t_min, seed)
+    for field in ("score", "flux"):
+        if f"{field}_error" in metrics and truth is not None and field in model.provides & truth.provides:
+            for suffix, candidate in (("", model), ("_baseline", parts.baseline)):
+                summary[f"{field}_error{suffix}"] = score_error(
+                    candidate, truth, parts.sde, x_test[:20_000], parts.settings.t_min, seed, field
+                )
     if "nll" in metrics:
         rows = x_test[:nll_rows]
         summary |= nll(model, parts.baseline, data, rows, parts.settings.t_min, flow or Flow(), seed)

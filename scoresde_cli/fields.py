@@ -28,6 +28,7 @@ class FieldModel(ABC):
     sde: SDE
     provides: Set[str] = frozenset({"score", "eps", "x0", "velocity"})
     evaluations: int = 1  # of a network, for one of the score
+    own_flow: bool = False  # the velocity is a field of its own, not a function of the score
     variance: float = 1.0  # of the data, the mean over coordinates
     bounds: tuple[Tensor, Tensor] | None = (
         None  # the range of the data, least and largest value of each coordinate, (d,) each
@@ -36,6 +37,10 @@ class FieldModel(ABC):
     @abstractmethod
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """The score of p_t at x, shape (B, *D), for x (B, *D) and t (B,)."""
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity of the probability flow, (B, *D)."""
+        return self.fields(x, t, {"velocity"})["velocity"]
 
     def labelled(self, labels: Tensor | None) -> "FieldModel":
         """The model given labels (B,) or (1,), -1 for none; itself where it knows none."""

@@ -179,6 +179,19 @@ def picture(data: Dataset, u: np.ndarray, path: Path) -> Path:
         return finish(figure, path)
 
 
+def inpainting(data: Dataset, u: np.ndarray, given: np.ndarray, path: Path, across: int = 10) -> Path:
+    """A row for each given image (m, C, H, W), its gaps (nan) in half grey, and samples given it: sample i is of row i modulo m."""
+    low, high = grey_ends(data)
+    rows = min(len(given), len(u), 24)
+    drawn = min(across, len(u) // len(given) or 1)
+    completed = u[: drawn * len(given)].reshape(-1, len(given), *u.shape[1:])[:, :rows] if len(u) >= len(given) else u[None]
+    shown = np.concatenate([np.nan_to_num(given[None, :rows], nan=0.5 * (low + high)), completed])
+    images = shown.swapaxes(0, 1).reshape(-1, *u.shape[1:])
+    grid = np.kron(tiles(images, len(shown), low, high, down=rows), np.ones((4, 4, 1)))
+    plt.imsave(path, grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
+    return path
+
+
 def frame_painter(data: Dataset, path: np.ndarray) -> Callable[[Any, np.ndarray], None]:
     """Draws one frame (m, *D) of a path (frames, m, *D), in the user's units, into axes whose limits are the data's."""
     if data.kind == "image":
@@ -265,15 +278,16 @@ def class_grid(data: Dataset, of_classes: Tensor, title: str, path: Path, across
 
 
 def score_curves(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> Path:
-    """The error of the score by time, on logarithmic axes, with its interval: the model's and the baseline's."""
+    """The error of a field by time, on logarithmic axes, with its interval: the model's and the baseline's."""
+    field = next(iter(curves)).removesuffix("_error")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 3.6))
         for (name, curve), colour in zip(curves.items(), (MODEL, "0.35"), strict=False):
-            label = "model" if name == "score_error" else "Gaussian with the data's moments"
+            label = "model" if not name.endswith("_baseline") else "Gaussian with the data's moments"
             axes.plot(curve["t"], curve["value"], color=colour, lw=1.6, marker="o", ms=3, label=label)
             axes.fill_between(curve["t"], curve["low"], curve["high"], color=colour, alpha=0.2, lw=0)
-        axes.set(xscale="log", yscale="log", xlabel="t", ylabel=r"E $\sigma^2\,|S - S^*|^2$")
-        axes.set_title(f"error of the score by time; {title}", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel="t", ylabel="E |error|², scaled")
+        axes.set_title(f"error of the {field} by time; {title}", fontsize=8)
         axes.legend(fontsize=8)
         return finish(figure, path)
 

@@ -288,7 +288,7 @@ def unknown_key(given: str, name: str, overrides: list[str]) -> ScoreSDEError:
                 f"{given}: choose the {group} first, as in {group}={configs.options(group)[0]} {given}=..."
             )
         if chosen in configs.options(group):
-            found = configs.load(configs.conf_dir() / group / f"{chosen}.yaml")
+            found = configs.node(group, chosen)
             keys = [f"{group}.{k}" for k in found if not k.startswith("_")]
             shown = ", ".join(keys) or "no keys"
             return ScoreSDEError(f"unknown key {given}: {group}={chosen} has {shown}{nearest(given, keys)}")

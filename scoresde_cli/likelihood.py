@@ -75,9 +75,14 @@ def log_prob(
 ) -> LogDensity:
     """log p at t_min of x (n, *D) in model coordinates.
 
-    Needs a process with a Gaussian kernel and no jumps. The directions of row i depend on the seed and i alone.
+    Under jumps it needs a model that has the velocity. The directions of row i depend on the seed and i alone.
     """
     flow = flow or Flow()
+    if sde.jumps is not None and not model.own_flow:
+        raise ScoreSDEError(
+            f"log p needs the velocity of the flow, which under jumps is not the score's alone; the model has "
+            f"{', '.join(sorted(model.provides))} (loss=table_dsm, augmented_dsm and implicit_flux learn it)"
+        )
     white, shift = sde.whitening(), 0.0
     if white is not None:  # x = W z: log p(x) = log p(z) - log |det W|
         model, sde, x = model.whitened(), white.sde, white.into(x)
@@ -122,6 +127,9 @@ def integrate(
         nfe += 1
         y, t = state[0].to(x.dtype), u.square().to(x.dtype).expand(len(x))
         v = directions(law, y, t) if law is not None and law.adapted else fixed
+        if model.own_flow:
+            velocity, div = flow_and_divergence(model, y, t, v, flow.repeats)
+            return 2 * u * velocity.double(), 2 * u * div.double()
         score, trace = weighted_traces(model, sde, y, t, v, flow.repeats)
         div = sde.known_divergence(y, t) - 0.5 * (sde.div_sigma(y, t) * score).flatten(1).sum(1) - 0.5 * trace
         return 2 * u * sde.velocity(y, t, score).double(), 2 * u * div.double()
@@ -141,6 +149,17 @@ def integrate(
             "take larger ones"
         ) from None
     return totals[-1] + sde.prior_log_prob(ys[-1]), nfe
+
+
+def flow_and_divergence(
+    model: FieldModel, x: Tensor, t: Tensor, v: Tensor | None, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """(velocity (B, *D), its divergence (1, B), or estimates (repeats, B)) of a model that has a velocity of its own."""
+    if v is None:
+        velocity, div = divergence.score_and_trace(model.velocity, x, t)
+        return velocity, div.unsqueeze(0)
+    velocity, products = divergence.score_and_projections(model.velocity, x, t, v)
+    return velocity, products.reshape(repeats, -1, len(x)).mean(1)
 
 
 def weighted_traces(

@@ -60,6 +60,8 @@ class Run:
         The noise acts in model coordinates z, x = F z + shift; the score in x is F^{-T} times the score in z.
         """
         sde = self.parts.sde
+        if "score" not in self.model.provides:
+            raise ScoreSDEError(f"{self.path}: the run has learnt no score, but {', '.join(sorted(self.model.provides))}")
         if not self.parts.settings.t_min <= t <= sde.T:
             raise ScoreSDEError(f"t={t}: expected a time in [{self.parts.settings.t_min}, {sde.T}]")
         z = self._model_coordinates(x)

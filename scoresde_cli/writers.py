@@ -139,7 +139,9 @@ class Parquet(Writer):
 
 
 class Picture(Writer):
-    """A .png or .gif: the first samples are kept, the rest is not looked at."""
+    """A .png or .gif: the first samples are kept, the rest is not looked at. Of images with gaps, each beside its samples."""
+
+    known: Known | None = None
 
     def __init__(self, path: Path, data: Dataset, n: int) -> None:
         super().__init__(path, data, n)
@@ -155,7 +157,10 @@ class Picture(Writer):
         from scoresde_cli import figures
 
         samples = np.concatenate(self.parts)
-        if path is None:
+        if path is None and self.known is not None and self.data.kind == "image":
+            assert self.known.given is not None
+            figures.inpainting(self.data, samples, self.known.given, self.path)
+        elif path is None:
             figures.picture(self.data, samples, self.path)
         elif self.path.suffix.lower() == ".gif":
             figures.film(self.data, path.to_user(self.data), path.times, self.path)
@@ -205,6 +210,8 @@ def write_samples(
     done, writer = 0, None
     try:
         writer = kind(temporary, data, n)
+        if isinstance(writer, Picture):
+            writer.known = known
         for block in blocks:
             u = data.units.to_user(block.cpu()).numpy()
             writer.add(u if known is None else known.restore(u, done))

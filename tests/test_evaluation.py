@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
-from scoresde_cli import configs, divergence
+from scoresde_cli import configs, divergence, figures
 from scoresde_cli.compose import compose
 from scoresde_cli.datasets.digits import Digits
 from scoresde_cli.datasets.idx import IDX
@@ -29,7 +30,8 @@ from scoresde_cli.evaluation import (
 from scoresde_cli.identity import randomise
 from scoresde_cli.likelihood import Flow
 from scoresde_cli.metrics.nll import nll
-from scoresde_cli.networks.model import ScoreModel, fit_gaussian, gaussian_model
+from scoresde_cli.networks.flow_model import gaussian_model
+from scoresde_cli.networks.model import ScoreModel, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.networks.unet import UNet
 from scoresde_cli.projections import Coordinate, Rademacher
@@ -178,6 +180,34 @@ def test_the_likelihood_of_images_is_in_bits_of_their_levels():
     # A level is one of 17: log2 17 = 4.1 bits would be no model at all. t_min blurs the narrowest directions a little.
     assert found["nll"]["value"] == pytest.approx(found["nll_baseline"]["value"], abs=0.05)
     assert found["nll"]["value"] < 4.1
+
+
+def test_a_model_that_does_not_look_at_labels_is_right_once_in_as_many_as_there_are():
+    """An untrained network draws the same images for every label, so each is right for exactly one of the ten."""
+    parts = compose(config(data="digits", data__labels="true", network__width=8))
+    found = evaluate(
+        parts, parts.model, parts.sampler, 80, metrics=["classifier"], seed=0, averaged=False, step=0, nll_rows=50
+    )
+    assert found.of_classes.shape == (10, 8, 1, 8, 8)
+    assert torch.equal(found.of_classes[0], found.of_classes[9])
+    entry = found.summary["label_accuracy"]
+    assert entry["value"] == pytest.approx(0.1)
+    assert entry["floor"] > 0.95  # on real digits
+    assert found.summary["classifier_agreement"]["value"] < found.summary["classifier_agreement"]["floor_high"]
+
+
+def test_a_picture_of_filled_gaps_puts_each_sample_beside_what_it_was_given(tmp_path):
+    data = Digits()
+    given = data.units.to_user(data.splits["test"][:2]).numpy()
+    given[:, :, 4:] = np.nan
+    u = np.stack([np.full((1, 8, 8), level) for level in (0.0, 16.0, 4.0, 12.0)])  # samples 0 and 2 are of row 0
+    picture = plt.imread(figures.inpainting(data, u, given, tmp_path / "p.png"))[2::4, 2::4, 0]  # four points a pixel
+    for row in range(2):
+        tiles = [picture[9 * row + 1 : 9 * row + 9, 9 * k + 1 : 9 * k + 9] for k in range(3)]
+        assert np.allclose(tiles[0][:4], given[row, 0, :4] / 16, atol=1 / 128)  # eight bits
+        assert np.allclose(tiles[0][4:], 0.5, atol=1 / 128)
+        assert np.allclose(tiles[1], (0.0, 1.0)[row], atol=1 / 128)
+        assert np.allclose(tiles[2], (0.25, 0.75)[row], atol=1 / 128)
 
 
 def test_what_is_measured_fits_the_data():

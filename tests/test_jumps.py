@@ -1,5 +1,6 @@
 """Jump diffusions: the table of the conditional law against closed forms, the forward equation, samplers with exact fields."""
 
+import functools
 import itertools
 import math
 
@@ -21,11 +22,18 @@ from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
 from scoresde_cli.sdes.measures import Atoms, panjer
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
+from scoresde_cli.studies.jump_exact import Mistaken
 from tests.laws import three_modes
 
 F64 = torch.float64
 LAWS = ["gaussian", "laplace", "student_t"]
 EIGHT = VP(8.0, 8.0)  # constant beta, as in the prototype that the tolerances come from
+
+
+@functools.cache
+def eight(rate, amplitude="gaussian"):
+    """EIGHT with jumps: one object, so that its tables are built once for all tests."""
+    return JumpDiffusion(EIGHT, rate, amplitude=amplitude)
 
 
 def line() -> Mixture:
@@ -56,7 +64,7 @@ def log_characteristic(sde, k, t):
 def test_density_flux_and_ratio_agree_with_fourier_inversion(law):
     """lambda = 8, t = 0.4: the prototype's table erred by 2.8e-6 to 4.8e-5 in p and 1.1e-5 to 1.3e-4 in flux p; this one's
     errors are below 4.1e-7 and 1.9e-6 (interpolation), and 2.7e-7 and 6e-7 without it."""
-    sde, t = JumpDiffusion(EIGHT, 8.0, amplitude=law), torch.full((1,), 0.4, dtype=F64)
+    sde, t = eight(8.0, law), torch.full((1,), 0.4, dtype=F64)
     k = torch.linspace(0, 60, 60_001, dtype=F64)  # phi(60) = 0 in float64; an even grid is spectrally accurate
     x, weight = torch.linspace(0, 6, 61, dtype=F64), torch.full_like(k, 60 / 60_000 / math.pi)
     weight[0] /= 2
@@ -84,7 +92,7 @@ def test_the_tail_of_the_table_has_its_digits_far_beyond_single_rounding(d):
     parts = log_poisson - 0.5 * d * torch.log(2 * math.pi * S) - rho2[:, None] / (2 * S)
     exact = torch.logsumexp(parts, 1)
     pull = (torch.logsumexp(parts - S.log(), 1) - exact).exp()
-    found, read = sde.table(d).exact(rho2, 0.5), sde.table(d)(rho2, t.expand(60))
+    found = sde.table(d).exact(rho2, 0.5)
     deep = exact > math.log(1e-150) - d  # the table holds V up to 20 jumps, whose chance is 1e-12
     assert deep.sum() > 20
     # A jump is shared by two points of a grid of V, of relative step 1/256 or finer: its variance is 4e-6 too large at most,
@@ -94,6 +102,7 @@ def test_the_tail_of_the_table_has_its_digits_far_beyond_single_rounding(d):
     assert error[exact > -28].max() < 5e-5
     assert (found.c_score / pull - 1).abs()[exact > -28].max() < 1e-3
     if d == 1:  # cubic interpolation, over turns of width 1 / rho^2 in z
+        read = sde.table(d)(rho2, t.expand(60))
         assert (read.c_score / found.c_score - 1).abs()[deep].max() < 2e-2
 
 
@@ -117,7 +126,7 @@ def test_interpolation_in_time_and_radius_is_accurate_where_samples_are(law, d):
 def test_the_flux_has_its_three_forms():
     """(i) lambda E[A p(x - theta A)] = lambda E[P(x) - P(x - A)] in 1-D (P the distribution function); (ii) is the Fourier test;
     (iii) is what the table holds; and for Laplace jumps -lambda s^2/2 grad(nu*p) / p, in 2-D."""
-    oracle = JumpOracle(line(), JumpDiffusion(EIGHT, 8.0))
+    oracle = JumpOracle(line(), eight(8.0))
     grid, t = torch.linspace(-30, 30, 60_001, dtype=F64), torch.tensor([0.3], dtype=F64)
     p = oracle.log_prob(grid[:, None], t.expand(len(grid))).exp()
     below = torch.cumsum(p, 0) - p / 2  # midpoint sums, times the step 1e-3
@@ -128,7 +137,7 @@ def test_the_flux_has_its_three_forms():
     flux = oracle.fields(grid[at, None], t.expand(len(at)), {"flux"})["flux"].squeeze(1)
     assert (flux * p[at] - form_i).abs().max() < 2e-5 * float(form_i.abs().max()) + 1e-6
 
-    oracle = JumpOracle(plane(), JumpDiffusion(EIGHT, 8.0, amplitude="laplace"))
+    oracle = JumpOracle(plane(), eight(8.0, "laplace"))
     x, t = normal((40, 2), generator(0, "x"), F64), torch.full((40,), 0.2, dtype=F64)
     h, found = 1e-3, oracle.fields(x, t, {"flux", "log_density"})
 
@@ -142,9 +151,9 @@ def test_the_flux_has_its_three_forms():
 
 
 PROCESSES = {
-    "1-D": (JumpDiffusion(EIGHT, 8.0), line()),
+    "1-D": (eight(8.0), line()),
     "2-D, linear beta and rate": (JumpDiffusion(VP(), 12.0, rate_end=2.0, amplitude="laplace"), plane()),
-    "1-D, subvp, student": (JumpDiffusion("subvp", 4.0, amplitude="student_t"), line()),
+    "1-D, subvp": (JumpDiffusion("subvp", 4.0, scale=0.7), line()),
     "by coordinate": (JumpDiffusion(EIGHT, 6.0, amplitude="laplace", joint=False), Mixture(
         torch.tensor([0.6, 0.4]), torch.tensor([[1.0, 0.0], [-0.6, 1.0]]), torch.tensor([[0.04, 0.1], [0.1, 0.04]]))),
 }  # fmt: skip
@@ -279,28 +288,23 @@ def test_compression_keeps_mass_and_three_moments_with_positive_weights():
         assert (small.mass @ small.at**k) / (atoms.mass @ atoms.at**k) == pytest.approx(1, rel=1e-12)
 
 
-@pytest.mark.parametrize(("law", "rate"), [("gaussian", 2.0), ("laplace", 8.0)])
-def test_four_samplers_recover_the_law_and_without_the_flux_none_would(law, rate):
-    """1-D, exact fields, 100 steps. W1 to fresh data for two samples of 4096: mean 0.035, 95 percent below 0.09 (the weights of the
-    modes, 1.7 sd/sqrt(n) apart by 2 to 4.5). Without the flux the flow misses by 2.2 (gaussian, 2) and 17 (laplace, 8) there."""
-    sde, n, data = JumpDiffusion(EIGHT, rate, amplitude=law), 2048, line()
+@pytest.mark.parametrize(
+    ("law", "rate", "makes"),
+    [("gaussian", 2.0, [HeunODE]), ("laplace", 8.0, [HeunODE, EulerMaruyama, ScalePath, TrueReversal])],
+)
+def test_four_samplers_recover_the_law_and_without_the_flux_none_would(law, rate, makes):
+    """1-D, exact fields, 100 steps. W1 of 1024 samples to the law: mean 0.05, 95 percent below 0.13 (the weights of the modes,
+    1.7 sd/sqrt(n) apart by 2 to 4.5). Without the flux the flow misses by 2.2 (gaussian, 2) and 17 (laplace, 8) there."""
+    sde, n, data = eight(rate, law), 1072, line()
     oracle, true = JumpOracle(data, sde), data.sample(200_000, generator(1, "true"))
-    true = true.flatten().sort().values[50::100][: n - 48]
+    true = true.flatten().sort().values[95::195][: n - 48]
     settings = {"steps": 100, "rho": 4.0, "t_min": 1e-5, "denoise": False}
-    for make in (HeunODE, EulerMaruyama, ScalePath, TrueReversal):
-        more = {"candidates": 64} if make is TrueReversal else {}
+    for make in makes:
+        more = {"candidates": 32} if make is TrueReversal else {}
         x = make(**settings, **more).sample(oracle, sde, (1,), len(true), 0, dtype=F64).x
-        assert w1(x, true) < 0.1, make
+        assert w1(x, true) < 0.14, make
 
-    class Fluxless(JumpOracle):
-        def fields(self, x, t, names):
-            found = super().fields(x, t, names)
-            return {
-                k: v - super(Fluxless, self).fields(x, t, {"flux"})["flux"] if k == "velocity" else v
-                for k, v in found.items()
-            }
-
-    x = HeunODE(**settings).sample(Fluxless(data, sde), sde, (1,), len(true), 0, dtype=F64).x
+    x = HeunODE(**settings).sample(Mistaken(data, sde), sde, (1,), len(true), 0, dtype=F64).x
     assert w1(x, true) > 1.5
 
 
@@ -310,7 +314,7 @@ def test_eight_modes_in_two_dimensions_come_back_with_their_weights(make):
     quantile), and the spread about the modes."""
     angles, weights = torch.arange(8, dtype=F64) * math.pi / 4, torch.tensor([1.0, 2, 3, 4, 4, 3, 2, 1], dtype=F64)
     law = Mixture(weights, 2 * torch.stack([angles.cos(), angles.sin()], 1), torch.full((8, 2), 0.15**2))
-    oracle = JumpOracle(law, JumpDiffusion(EIGHT, 8.0))
+    oracle = JumpOracle(law, eight(8.0))
     x = make(steps=60, rho=4.0, t_min=1e-5, denoise=False).sample(oracle, oracle.sde, (2,), 2048, 0, dtype=F64).x
     gaps = torch.cdist(x, law.means)
     counts, expected = torch.bincount(gaps.argmin(1), minlength=8), 2048 * law.weights
@@ -321,13 +325,14 @@ def test_eight_modes_in_two_dimensions_come_back_with_their_weights(make):
 
 def test_the_reversal_jumps_as_often_as_the_process():
     """Mean number of reverse jumps = rate T, 2 here: Poisson noise of 2048 paths, less second jumps within a step (1 percent)."""
-    sde, data = JumpDiffusion(EIGHT, 2.0), line()
+    sde, data = eight(2.0), line()
     sampler, oracle = TrueReversal(steps=150, rho=4.0, t_min=1e-5, candidates=64), JumpOracle(data, sde)
     walk = Walk(oracle, sde, generator(0, "jumps"))
     x = sde.sample_prior((2048, 1), generator(1, "prior"), F64)
     for t, s in itertools.pairwise(sampler.times(sde)):
         x = sampler.step(walk, x, t.expand(2048), s.expand(2048))
     assert walk.memory / 2048 == pytest.approx(2, abs=0.04 + 4 * math.sqrt(2 / 2048))
+    assert w1(x, data.sample(2048, generator(2, "true"))) < 0.13  # two samples of 2048: 95 percent below 0.12
 
 
 def test_the_density_of_the_prior_is_that_of_its_draws():

@@ -10,6 +10,7 @@ from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import randomise
 from scoresde_cli.networks.energy_mlp import EnergyMLP
+from scoresde_cli.networks.log_mlp import LogMLP
 from scoresde_cli.networks.mlp import MLP
 from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual, covariance_for
@@ -55,6 +56,7 @@ NETWORKS = {
     "mlp, gelu": lambda s: MLP(s, 16, 2, "gelu"),
     "mlp, softplus": lambda s: MLP(s, 16, 2, "softplus"),
     "mlp, elu": lambda s: MLP(s, 16, 2, "elu"),
+    "log_mlp": lambda s: LogMLP(s, 16, 2),
     "resmlp": lambda s: ResMLP(s, 16, 2),
     "energy": lambda s: EnergyMLP(s, 16, 3),
     "energy, one layer": lambda s: EnergyMLP(s, 16, 1, "tanh"),

@@ -11,7 +11,8 @@ from scoresde_cli.losses.ssm import SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.metrics.score_error import score_error, squared_errors
 from scoresde_cli.networks.energy_mlp import EnergyMLP
-from scoresde_cli.networks.model import ScoreModel, fit_gaussian, gaussian_model
+from scoresde_cli.networks.flow_model import gaussian_model
+from scoresde_cli.networks.model import ScoreModel, fit_gaussian
 from scoresde_cli.networks.parameterisation import Residual
 from scoresde_cli.projections import Rademacher
 from scoresde_cli.rng import generator, normal

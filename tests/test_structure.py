@@ -87,7 +87,7 @@ RUNTIME = {  # what the program fills in
 @pytest.mark.parametrize(("group", "option"), GROUPS, ids=lambda v: v)
 def test_every_yaml_matches_its_constructor(group, option):
     """Same names, same defaults; and it builds (unless it needs the user's path)."""
-    node = configs.load(configs.conf_dir() / group / f"{option}.yaml")
+    node = configs.node(group, option)
     cls = locate(node["_target_"], group)
     parameters = {
         n: p for n, p in inspect.signature(cls).parameters.items()

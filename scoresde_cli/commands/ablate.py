@@ -53,7 +53,7 @@ class Perform:
         folder, plain["dir"] = Path(plain["dir"]), None
         plain["tracker"]["group"] = plain["tracker"]["group"] or folder.parent.parent.name
         study: Study = build(self.node, "study", size=self.size, run=self.run)
-        if study.trains:
+        if study.trains_job(folder.name):
             return train.job(plain, list(hydra.overrides.task), folder, launcher, self.total)
         with sweeps.worker(folder, launcher, self.total), claim(folder, hydra.job.num):
             if not study.done(folder) and not sweeps.failed_meanwhile(folder):
@@ -150,7 +150,7 @@ def checked(jobs: Sequence[Job], hydra: Sequence[str]) -> dict[str, dict[str, An
 
 def done(study: Study, job: Job, folder: Path, known: dict[str, dict[str, Any]]) -> bool:
     """Whether a job is done. Raises ScoreSDEError where what lies there was made from another config."""
-    if study.done(folder) and study.trains:
+    if study.done(folder) and study.trains_job(folder.name):
         sweeps.check_same(RunDir.open(folder), {**known[repr(job.setting)], "seed": job.seed})
     return study.done(folder)
 

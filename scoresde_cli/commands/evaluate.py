@@ -87,7 +87,7 @@ def measure(folder: RunDir, keys: dict[str, Any], chosen: dict[str, Any] | None,
     if (parts.data.shape, parts.data.columns) != (run.shape, run.columns):
         raise Unreadable(f"run={run.path}: the data has changed shape or columns since the run was trained")
     asked = [keys["metrics"]] if isinstance(keys["metrics"], str) else keys["metrics"]
-    metrics = evaluation.pick_metrics(asked, parts.data, parts.sde)
+    metrics = evaluation.pick_metrics(asked, parts.data, parts.model)
     if flow.projection is not None and "nll" in metrics:
         check_law(flow.projection, parts.data.shape, flow.n_proj, 256, parts.dtype, type(flow.projection).__name__)
     sampler = pick_sampler(run, chosen, keys["t_min"])
@@ -118,9 +118,10 @@ def draw(run: Run, data: Dataset, found: evaluation.Evaluation) -> list[Path]:
     summary = found.summary
     folder, title = run.path / "figures", f"{run.path.name}, step {run.step}"
     paths = []
-    if "score_error" in summary:
-        curves = {name: summary[name]["curve"] for name in ("score_error", "score_error_baseline")}
-        paths.append(figures.score_curves(curves, title, folder / "score_error.png"))
+    for error in ("score_error", "flux_error"):
+        if error in summary:
+            curves = {name: summary[name]["curve"] for name in (error, f"{error}_baseline")}
+            paths.append(figures.score_curves(curves, title, folder / f"{error}.png"))
     if any("better" in entry["protocol"] for entry in summary.values()):
         paths.append(figures.against_chance(summary, title, folder / "evaluation.png"))
     if found.of_classes is not None:

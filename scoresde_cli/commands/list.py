@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print(f"{group}={option}{' (default)' if option == default else ''}\n    {configs.describe(path)}")
         values = [
             f"{group}.{k}={'null' if v is None else v}"
-            for k, v in configs.load(path).items()
+            for k, v in configs.node(group, option).items()
             if not k.startswith("_") and not isinstance(v, dict)
         ]
         own = [v for v in values if "${" not in v]

@@ -334,8 +334,8 @@ def measured(parts: Parts) -> list[str]:
     """The metrics of the end of the run. Raises ScoreSDEError where one of them means nothing on this data."""
     asked = parts.settings.eval["metrics"]
     if asked is None:
-        asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data) is None]
-    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data, parts.sde)
+        asked = [name for name in evaluation.QUICK if evaluation.unfit(name, parts.data, parts.model) is None]
+    return evaluation.pick_metrics([*asked, "loss", "sliced_wasserstein"], parts.data, parts.model)
 
 
 def draw(
@@ -352,6 +352,7 @@ def draw(
         paths.append(figures.class_grid(parts.data, found.of_classes, title, folder / "classes.png"))
     if "threshold" in found.summary:
         paths.append(figures.mixing([found.summary["threshold"]], title, folder / "mixing.png"))
-    if tuple(parts.data.shape) == (2,) and (not parts.sde.still or "log_density" in model.provides):
+    seen = {"score", "log_density" if parts.sde.still else "velocity"} <= model.provides
+    if tuple(parts.data.shape) == (2,) and seen:
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths

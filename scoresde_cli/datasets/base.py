@@ -16,7 +16,6 @@ from scoresde_cli.datasets.oracle import Mixture, Oracle
 from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest
 from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
-from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
 
 Kind = Literal["points", "table", "image"]
 Size = Annotated[int, Field(ge=10)]  # training samples of a law that can be sampled
@@ -161,7 +160,7 @@ class SampledMixture(Sampled):
         return self.law.sample(n, source)
 
     def oracle(self, sde: SDE) -> Oracle | None:
-        if isinstance(sde, JumpDiffusion):
+        if sde.jumps is not None:
             return JumpOracle(self.law, sde) if covers(self.law, sde) else None
         return Oracle(self.law, sde) if sde.still or sde.kernel() is not None else None
 

@@ -65,7 +65,7 @@ class HF(Images):
         grey = channels == 1 if channels is not None else all(picture.mode in GREY for picture in pictures)
         u = torch.from_numpy(np.stack([levels_of(picture, grey, size, fit) for picture in pictures]))
         codes: torch.Tensor | None = None
-        classes: list[Any] = []
+        classes: list[str] = []
         if label is not None:
             codes, names = class_codes(np.array(rows[label][:]), path)
             known = getattr(rows.features[label], "names", None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scoresde_cli.datasets.oracle import Mixture, Oracle
 from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
+from scoresde_cli.sdes.base import SDE
 from scoresde_cli.sdes.operators import expand
 from scoresde_cli.sdes.scale_table import Read
 
@@ -33,12 +33,12 @@ class Parts(NamedTuple):
     read: Read
 
 
-def covers(law: Mixture, sde: JumpDiffusion) -> bool:
-    """Whether the fields of this mixture under these jumps are known here."""
+def covers(law: Mixture, sde: SDE) -> bool:
+    """Whether the fields of this mixture under the jumps of this process are known here."""
     isotropic = bool((law.lam == law.lam[:, :1]).all())
-    if law.lam.unique().numel() > MOST_TABLES:
+    if sde.jumps is None or sde.jumps.table is None or law.lam.unique().numel() > MOST_TABLES:
         return False
-    return isotropic if sde.joint else law.bases is None or isotropic
+    return isotropic if sde.jumps.joint else law.bases is None or isotropic
 
 
 class JumpOracle(Oracle):
@@ -46,13 +46,15 @@ class JumpOracle(Oracle):
 
     provides = Oracle.provides | {"flux", "ratio", "gaussian_denoiser"}
 
-    def __init__(self, law: Mixture, sde: JumpDiffusion) -> None:
+    def __init__(self, law: Mixture, sde: SDE) -> None:
         if not covers(law, sde):
             raise ScoreSDEError(
                 "the exact fields under jumps are known for isotropic components (by coordinate: axis-parallel)"
             )
         super().__init__(law, sde)
-        self.jump = sde
+        assert sde.jumps is not None
+        assert sde.jumps.table is not None
+        self.jump, self.table = sde.jumps, sde.jumps.table
 
     def read(self, x: Tensor, t: Tensor) -> Parts:
         """Every component's part at x (B, *D), t (B,)."""
@@ -64,7 +66,7 @@ class JumpOracle(Oracle):
         found = torch.empty(4, *rho2.shape, dtype=torch.float64, device=x.device)
         for value in lam.unique().tolist():
             k, i = (lam == value).nonzero(as_tuple=True)
-            found[:, :, k, i] = torch.stack(self.jump.table(d, value)(rho2[:, k, i], t))
+            found[:, :, k, i] = torch.stack(self.table(d, value)(rho2[:, k, i], t))
         read = Read(*found)
         return Parts(self.law.weights.log() + read.log_p.sum(2), y, read)
 

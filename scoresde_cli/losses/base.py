@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel, Within
 from scoresde_cli.rng import uniform
 from scoresde_cli.sdes.base import SDE, Kernel, Noised
@@ -54,6 +55,7 @@ class Loss(ABC):
     needs_kernel = False
     second_order = True
     varying = False  # its work has another shape in each step, so that it is not compiled
+    needs_jumps = False
 
     def __init__(
         self, weighting: Weighting = "sigma2", half: bool = False, times: Times = "mixed", t_min: MinTime = 1e-3
@@ -65,6 +67,22 @@ class Loss(ABC):
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The unweighted loss of each sample, (B,), in the convention |S|^2 + 2 tr J."""
+
+    def check(self, model: FieldModel, sde: SDE) -> None:
+        """Refuse a process that the loss cannot serve, naming what would."""
+        process = type(sde).__name__
+        if self.needs_kernel and sde.kernel() is None:
+            why = "has no noise to remove" if sde.still else "is known by its paths alone"
+            raise ScoreSDEError(
+                f"loss={self.name} needs the law of x_t given x_0 in closed form, and {process} {why}; ism, ssm and ssm_vr work"
+            )
+        if self.needs_jumps and sde.jumps is None:
+            raise ScoreSDEError(f"loss={self.name} is for a process that jumps, and {process} does not; ssm_vr and dsm work")
+        if sde.jumps is not None and self.trains == {"score"}:
+            raise ScoreSDEError(
+                f"loss={self.name} trains the score alone, and the flow of {process} needs its flux besides; table_dsm, "
+                "augmented_dsm, implicit_flux, jump_ratio and scale_dsm work"
+            )
 
     def tangents(self, d: int) -> int:
         """How many Jacobian-vector products a sample takes in d dimensions."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scoresde_cli import divergence
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel
 from scoresde_cli.losses.base import MinTime, Times, Weighting
 from scoresde_cli.losses.ssm import SSM
@@ -136,6 +137,15 @@ class DSMCV(SSM):
         super().__init__(projection, n_proj, weighting, half, times, t_min)
         self.threshold = threshold
         self.tables: dict[tuple[int, torch.dtype, torch.device], tuple[SDE, Table]] = {}
+
+    def check(self, model: FieldModel, sde: SDE) -> None:
+        super().check(model, sde)
+        white = sde.whitening()
+        kernel = (sde if white is None else white.sde).kernel()
+        if kernel is not None and not kernel.scalar:
+            raise ScoreSDEError(
+                "loss=dsm_cv needs one noise level for all directions: sde.drift=isotropic; ssm_vr and dsm work"
+            )
 
     def weight_of(self, sde: SDE, t: Tensor) -> Tensor:
         """w, (B,), exactly zero where it is small, and one where it is near one."""

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.fields import FieldModel, Within
-from scoresde_cli.networks.parameterisation import Parameterisation, Residual
+from scoresde_cli.networks.parameterisation import Coefficients, Parameterisation
 from scoresde_cli.rng import normal
-from scoresde_cli.sdes.base import SDE, Whitening
-from scoresde_cli.sdes.operators import Inverse
+from scoresde_cli.sdes.base import SDE, GaussianKernel, Whitening
+from scoresde_cli.sdes.operators import Inverse, expand
 from scoresde_cli.sdes.whitened import MatrixKernel
 
 
@@ -85,6 +85,9 @@ class Zero(nn.Module):
 
     def forward_dual(self, x: Tensor, c: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(x), torch.zeros_like(v)
+
+    def energy(self, x: Tensor, c: Tensor) -> Tensor:
+        return x.new_zeros(len(x))
 
 
 class ScoreModel(nn.Module, FieldModel):
@@ -159,8 +162,17 @@ class ScoreModel(nn.Module, FieldModel):
     def _lowered(self, x: Tensor) -> AbstractContextManager[None]:
         return torch.autocast(x.device.type, torch.bfloat16) if self.low else nullcontext()
 
-    def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d)."""
+    def _coefficients(self, levels: tuple[Tensor, Tensor], t: Tensor, name: str) -> Coefficients:
+        """skip, out, inp (B, d) of the score, at alpha and sigma of each coordinate."""
+        skip, out, inp = self.parameterisation.coefficients(*levels, self.lam)
+        if not self.kernel.gaussian and self.parameterisation.centred:
+            out = torch.hypot(out, inp)  # there is something to correct at late times as well
+        return skip, out, inp
+
+    def _prepare(
+        self, x: Tensor, t: Tensor, name: str = "score"
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """y (B, d), the noise level c (B,), and the coefficients skip, out, inp (B, d) of the field of that name."""
         alpha, sigma = self.kernel.alpha(t), self.kernel.sigma(t)
         y = x.flatten(1)
         if isinstance(self.kernel, MatrixKernel):
@@ -171,9 +183,7 @@ class ScoreModel(nn.Module, FieldModel):
             levels = alpha.unsqueeze(1), sigma.unsqueeze(1)
             if self.parameterisation.centred:
                 y = self._turn(y - self.kernel.mean(self.mean.expand_as(y), t))
-        skip, out, inp = self.parameterisation.coefficients(*levels, self.lam)
-        if not self.kernel.gaussian and self.parameterisation.centred:
-            out = torch.hypot(out, inp)  # there is something to correct at late times as well
+        skip, out, inp = self._coefficients(levels, t, name)
         if getattr(self.network, "conservative", False):
             # diag(out) H diag(inp) is symmetric, so the score is still a gradient, where out is a multiple of inp.
             out = inp * (out / inp).mean(1, keepdim=True)
@@ -193,6 +203,12 @@ class ScoreModel(nn.Module, FieldModel):
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         return self(x, t)
+
+    def gaussian_denoiser(self, y: Tensor, noise: Tensor) -> Tensor:
+        """E[x_0 | x_0 + noise eps = y], shaped like y (B, *D): the same score, of the process with alpha = 1 and sigma = t."""
+        view = copy.copy(self)
+        view.kernel = GaussianKernel(torch.ones_like, torch.clone)
+        return y + expand(noise.square(), y) * ScoreModel.forward(view, y, noise)
 
     def log_density(self, x: Tensor, t: Tensor) -> Tensor:
         """1/2 sum skip y^2 + k e(inp y, c), whose gradient the score is where the network is the gradient of e and out = k inp."""
@@ -241,8 +257,3 @@ class ScoreModel(nn.Module, FieldModel):
             net, trace = divergence.weighted_trace(self.network, (inp * y).reshape(x.shape), c, out * inp, self.chunk)
         score = self._turn_back(skip * y + out * net.flatten(1))
         return score.reshape(x.shape), skip.sum(1) + trace
-
-
-def gaussian_model(sde: SDE, gaussian: Gaussian) -> ScoreModel:
-    """The exact score of Gaussian data with these moments, float64: the baseline that training has to beat."""
-    return ScoreModel(Zero(), sde, Residual(), gaussian)

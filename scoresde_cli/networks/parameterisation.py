@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde_cli.errors import ScoreSDEError
+from scoresde_cli.sdes.base import Moments
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
@@ -25,6 +26,13 @@ class Parameterisation(ABC):
     @abstractmethod
     def coefficients(self, alpha: Tensor, sigma: Tensor, lam: Tensor) -> Coefficients:
         """(skip, out, inp)."""
+
+    def regression(self, moments: Moments, signal: Tensor, noise: Tensor) -> Coefficients:
+        """The same for any field u, from its power and push given x_0 (B,), and the variances of x_t: alpha^2 lam (B, d) of
+        the data in it, and noise (B, 1). For the score of a Gaussian kernel they are `coefficients`."""
+        raise ScoreSDEError(
+            f"parameterisation {type(self).__name__}: with jumps, or for a velocity, it says nothing; residual, eps and raw do"
+        )
 
 
 class Residual(Parameterisation):
@@ -48,6 +56,12 @@ class Residual(Parameterisation):
         root = var.sqrt()
         return -1.0 / var, alpha * lam.sqrt() / (sigma * root), 1.0 / root
 
+    def regression(self, moments: Moments, signal: Tensor, noise: Tensor) -> Coefficients:
+        """skip = push / var, the slope of the linear regression of u on x_t; out^2 = power - push^2 / var, what it leaves."""
+        power, push, var = moments.power[:, None], moments.push[:, None], signal + noise
+        left = torch.maximum(power - push.square() / var, power * signal / var)  # the second where rounding leaves nothing
+        return push / var, left.sqrt(), var.rsqrt()
+
 
 class Eps(Parameterisation):
     """s = -net / sigma (Ho et al., NeurIPS 2020)."""
@@ -58,6 +72,11 @@ class Eps(Parameterisation):
         zero = torch.zeros_like(sigma * lam)
         return zero, zero - 1.0 / sigma, zero + 1.0
 
+    def regression(self, moments: Moments, signal: Tensor, noise: Tensor) -> Coefficients:
+        """u = sqrt(power) net."""
+        zero = torch.zeros_like(signal + noise)
+        return zero, zero + moments.power[:, None].sqrt(), zero + 1.0
+
 
 class Raw(Parameterisation):
     """s = net (Song and Ermon, NeurIPS 2019, without its 1/sigma)."""
@@ -66,6 +85,10 @@ class Raw(Parameterisation):
 
     def coefficients(self, alpha: Tensor, sigma: Tensor, lam: Tensor) -> Coefficients:
         zero = torch.zeros_like(sigma * lam)
+        return zero, zero + 1.0, zero + 1.0
+
+    def regression(self, moments: Moments, signal: Tensor, noise: Tensor) -> Coefficients:
+        zero = torch.zeros_like(signal + noise)
         return zero, zero + 1.0, zero + 1.0
 
 

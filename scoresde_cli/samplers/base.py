@@ -28,6 +28,11 @@ from scoresde_cli.sdes.base import SDE, Whitening
 from scoresde_cli.sdes.operators import expand
 from scoresde_cli.sdes.whitened import MatrixKernel
 
+BY_FIELD = {  # what a model under jumps is sampled by
+    "flux": "heun_ode, euler_ode, dopri5 and euler_maruyama work",
+    "log_density": "true_reversal works",
+    "gaussian_denoiser": "scale_path works",
+}
 Watch = Callable[[int, float, Tensor], None]
 
 
@@ -125,6 +130,10 @@ class Sampler(ABC):
         """What the walk starts from, `shape` = (B, *D)."""
         return walk.sde.sample_prior(shape, walk.source, dtype)
 
+    def finish(self, walk: Walk, x: Tensor, t: Tensor) -> Tensor:
+        """The denoising step, from t_min (B,) to 0."""
+        return walk.field(x, t, "x0")
+
     def protocol(self) -> dict[str, Any]:
         """The settings that two figures of samples must share to be compared."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -137,8 +146,10 @@ class Sampler(ABC):
         name = type(self).__name__
         missing = (self.needs | (frozenset() if sde.jumps is None else self.with_jumps)) - model.provides
         if missing:
+            fits = [way for field, way in BY_FIELD.items() if field in model.provides and sde.jumps is not None]
             raise ScoreSDEError(
                 f"sampler {name} needs {', '.join(sorted(missing))}; the model has {', '.join(sorted(model.provides))}"
+                f"{'; ' + fits[0] if fits else ''}"
             )
         if sde.still and self.descends:
             raise ScoreSDEError(
@@ -229,7 +240,7 @@ class Sampler(ABC):
         if self.denoise:
             if watch is not None:
                 watch(block, float(last), out(x))
-            x, last = walk.field(x, last.expand(len(x)), "x0"), 0.0 * last
+            x, last = self.finish(walk, x, last.expand(len(x))), 0.0 * last
         if self.clip:
             x = Clipped(walk.model, white).clamp(x)
         x = out(x)

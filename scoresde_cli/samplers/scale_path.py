@@ -30,7 +30,7 @@ class ScalePath(Sampler):
     At time t of the grid, log v is log r(t) of the process without jumps, stretched so that it begins at the sample's own level.
     """
 
-    needs: ClassVar[Set[str]] = frozenset({"x0"})
+    needs: ClassVar[Set[str]] = frozenset()
     with_jumps: ClassVar[Set[str]] = frozenset({"gaussian_denoiser"})
 
     def check(self, model: FieldModel, sde: SDE) -> None:
@@ -66,6 +66,9 @@ class ScalePath(Sampler):
         ahead = y + (w - v) * first
         second = (ahead - self.denoised(walk, ahead, low, s)) / w
         return expand(kernel.alpha(s), x) * (y + 0.5 * (w - v) * (first + second))
+
+    def finish(self, walk: Walk, x: Tensor, t: Tensor) -> Tensor:
+        return self.denoised(walk, x / expand(quiet(walk.sde).alpha(t), x), self.level(walk, t), t)
 
     def denoised(self, walk: Walk, y: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """D(y, v); without jumps v is that of time t, so any model has it."""

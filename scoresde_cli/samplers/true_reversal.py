@@ -30,13 +30,14 @@ class TrueReversal(Sampler):
     """Euler-Maruyama with reverse jumps, at most one a step, with chance 1 - exp(-h lambda nu*p/p); two evaluations a step.
 
     The jump is one of `candidates` draws y of nu, by weights p(x - y): many are needed where nu is wide against p, exponentially
-    many in high dimension. Without jumps, Euler-Maruyama.
+    many in high dimension. A model with a log-density and no ratio nu*p/p has it from the same candidates. Without jumps,
+    Euler-Maruyama.
 
     Args:
         candidates: draws among which a jump is chosen.
     """
 
-    with_jumps: ClassVar[Set[str]] = frozenset({"ratio", "log_density"})
+    with_jumps: ClassVar[Set[str]] = frozenset({"log_density"})
 
     candidates: PositiveInt = 256
 
@@ -47,25 +48,32 @@ class TrueReversal(Sampler):
 
     def step(self, walk: Walk, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         if walk.sde.jumps is not None:
-            chance = -torch.expm1(-(t - s) * walk.sde.jumps.rate(t) * walk.field(x, t, "ratio"))
+            if "ratio" in walk.model.provides:
+                landing, ratio = None, walk.field(x, t, "ratio")
+            else:
+                landing, ratio = self.candidates_of(walk, x, t)
+            chance = -torch.expm1(-(t - s) * walk.sde.jumps.rate(t) * ratio)
             jumping = (uniform((len(x),), walk.source, x.dtype) < chance).nonzero().flatten()
             walk.memory = len(jumping) + (walk.memory or 0)  # jumps of the block so far
             if len(jumping):
-                x = x.index_copy(0, jumping, self.jumped(walk, x[jumping], t))
+                to = self.candidates_of(walk, x[jumping], t)[0] if landing is None else landing[jumping]
+                x = x.index_copy(0, jumping, to)
         h = expand(t - s, x)
         noise = walk.sde.diffusion(t, x).mul(walk.noise(x))
         return x - h * walk.sde.reverse_drift(x, t, walk.field(x, t, "score")) + h.sqrt() * noise
 
-    def jumped(self, walk: Walk, x: Tensor, t: Tensor) -> Tensor:
-        """Where each of x (B, *D) goes by a reverse jump at time t."""
-        jumps = walk.sde.jumps
+    def candidates_of(self, walk: Walk, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each of x (B, *D) goes if it jumps back at time t, one of the candidates x - y by weights p(x - y) / p(x), and the
+        mean of these (B,), which estimates nu*p / p without bias."""
+        jumps, L = walk.sde.jumps, walk.model.log_density
         assert jumps is not None
-        parts = []
+        parts, ratios = [], []
         for rows in x.split(max(1, AT_ONCE // self.candidates)):
             n, c = len(rows), self.candidates
             y = jumps.sample(n * c, tuple(x.shape[1:]), t[:1], walk.source).to(x)
             landing = rows.repeat_interleave(c, 0) - y
-            log = walk.model.fields(landing, t[:1].expand(n * c), {"log_density"})["log_density"].view(n, c)
+            log = L(landing, t[:1].expand(n * c)).view(n, c)
             chosen = torch.multinomial(torch.softmax(log, 1), 1, generator=walk.source).flatten()
             parts.append(landing[torch.arange(n, device=x.device) * c + chosen])
-        return torch.cat(parts)
+            ratios.append((torch.logsumexp(log, 1) - L(rows, t[:1].expand(n))).exp() / c)
+        return torch.cat(parts), torch.cat(ratios)

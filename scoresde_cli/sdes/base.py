@@ -14,13 +14,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scoresde_cli.divergence import weighted_trace
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import normal
 from scoresde_cli.sdes.operators import LinearOperator, Product, Scalar, expand
+
+if TYPE_CHECKING:
+    from scoresde_cli.sdes.scale_table import ScaleTable
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,22 @@ class Noised:
 class Jumps:
     """The Poisson part of a process: jumps at rate `rate(t)` (B,), with amplitudes `sample(n, shape, t, generator)`.
 
-    `without` is the process that is left without them, where it is one of its own; `joint`: all coordinates jump together.
+    `without` is the process that is left without them, where it is one of its own; `joint`: all coordinates jump together;
+    `table(d, lam)`, where it is tractable: the law of x_t given an x_0 that is normal with variance lam, in d dimensions.
     """
 
     rate: Callable[[Tensor], Tensor]
     sample: Callable[[int, tuple[int, ...], Tensor, torch.Generator], Tensor]
     without: "SDE | None" = None
     joint: bool = True
+    table: "Callable[[int, float], ScaleTable] | None" = None
+
+
+class Moments(NamedTuple):
+    """Of a field u given x_0, at times (B,) and by coordinate: power E|u|^2 / d, and push E[u . (x_t - E x_t)] / d."""
+
+    power: Tensor
+    push: Tensor
 
 
 class Levels(ABC):
@@ -81,6 +95,10 @@ class Kernel(Levels):
     @abstractmethod
     def factor(self, t: Tensor) -> LinearOperator:
         """L with L L^T = Cov(x_t | x_0)."""
+
+    def unit(self, t: Tensor, d: int) -> Tensor:
+        """d / E|grad log p(x_t | x_0)|^2, (B,): the square of the scale of the score; sigma^2 where that law is Gaussian."""
+        return self.sigma(t).square()
 
     def shape(self, t: Tensor) -> LinearOperator:
         """R = L / sigma: coordinates u = R^{-1} x in which the noise is sigma I at the time t."""
@@ -209,6 +227,12 @@ class SDE(ABC):
         """The divergence of Sigma by rows, shape (B, *D); zero unless G depends on x."""
         return torch.zeros_like(x)
 
+    def scales(self, t: Tensor, d: int) -> dict[str, Moments]:
+        """Of the score, the transport (velocity - f) and the flux given x_0, in d dimensions. Raises where they are not known."""
+        raise ScoreSDEError(
+            f"sde {type(self).__name__}: the scale of its fields is not known; vp, subvp, ve and jump_diffusion have it"
+        )
+
     def known_divergence(self, x: Tensor, t: Tensor) -> Tensor:
         """The divergence of f - 1/2 div Sigma, shape (B,): the part of the flow's that holds no score."""
         return weighted_trace(lambda y, s: self.drift(y, s) - 0.5 * self.div_sigma(y, s), x, t, None)[1]
@@ -281,6 +305,12 @@ class LinearSDE(SDE):
 
     def kernel(self) -> Kernel:
         return GaussianKernel(self.alpha, self.sigma)
+
+    def scales(self, t: Tensor, d: int) -> dict[str, Moments]:
+        precision, half = self.sigma(t).square().reciprocal(), 0.5 * self.g(t).square()
+        none = torch.zeros_like(t)
+        return {"score": Moments(precision, none - 1.0), "transport": Moments(half.square() * precision, half),
+                "flux": Moments(none, none)}  # fmt: skip
 
     def known_divergence(self, x: Tensor, t: Tensor) -> Tensor:
         return -x[0].numel() * self.a(t)

@@ -8,7 +8,7 @@ product of d tables of one dimension. The prior is not Gaussian: it is drawn by 
 """
 
 from collections.abc import Callable, Set
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import normal, uniform
-from scoresde_cli.sdes.base import Jumps, Kernel, LinearSDE, Noised
+from scoresde_cli.sdes.base import Jumps, Kernel, LinearSDE, Moments, Noised
 from scoresde_cli.sdes.operators import LinearOperator, Scalar, expand
 from scoresde_cli.sdes.scale_mixture import LAWS, Amplitude, Law, StudentAmplitude
 from scoresde_cli.sdes.scale_table import Coefficients, Read, ScaleTable
@@ -64,8 +64,9 @@ class JumpDiffusion(LinearSDE):
         self.coefficients = Coefficients(
             self.base.alpha, self.base.sigma, self.rate, self.expected, self.amplitude, self.T
         )
-        self.jumps = Jumps(self.rate, self.amplitude.sample, self.base, joint)
+        self.jumps = Jumps(self.rate, self.amplitude.sample, self.base, joint, self.table)
         self._tables: dict[tuple[int, float], ScaleTable] = {}
+        self._last: dict[str, tuple[Tensor, int, Any]] = {}
 
     def rate(self, t: Tensor) -> Tensor:
         """lambda(t), (B,)."""
@@ -98,8 +99,19 @@ class JumpDiffusion(LinearSDE):
         """Root of the variance of x_t given x_0 with that of the jumps, sigma^2 + E w int_0^t lambda r^2 (Campbell), (B,)."""
         if not any(self.rates):
             return self.base.sigma(t)
-        decay, mass = self.coefficients.instants(t, INSTANTS)
-        return (self.base.sigma(t).square() + self.amplitude.mean * (decay * mass).sum(1)).sqrt()
+
+        def root() -> Tensor:
+            decay, mass = self.coefficients.instants(t, INSTANTS)
+            return (self.base.sigma(t).square() + self.amplitude.mean * (decay * mass).sum(1)).sqrt()
+
+        return self._once("sigma", t, root)
+
+    def _once(self, name: str, t: Tensor, found: Callable[[], Any]) -> Any:
+        """What is asked for several times in a step, found once: for the same tensor of times, unchanged."""
+        last = self._last.get(name)
+        if last is None or last[0] is not t or last[1] != t._version:
+            last = self._last[name] = (t, t._version, found())
+        return last[2]
 
     def table(self, d: int, lam: float = 0.0) -> ScaleTable:
         """The conditional law for samples of d elements and x_0 of variance lam, built once."""
@@ -110,6 +122,19 @@ class JumpDiffusion(LinearSDE):
 
     def kernel(self) -> Kernel:
         return JumpKernel(self)
+
+    def scales(self, t: Tensor, d: int) -> dict[str, Moments]:
+        if not any(self.rates):
+            return super().scales(t, d)
+        return self._once(f"moments {d}", t, lambda: self._moments(t, d))
+
+    def _moments(self, t: Tensor, d: int) -> dict[str, Moments]:
+        precision, both, square = self.table(d).moments(t)
+        half, rate = 0.5 * self.g(t).square(), self.rate(t)
+        push = 0.5 * rate * self.amplitude.mean
+        transport = half.square() * precision + 2 * half * rate * both + rate.square() * square
+        return {"score": Moments(precision, torch.full_like(t, -1.0)), "transport": Moments(transport, half + push),
+                "flux": Moments(rate.square() * square, push)}  # fmt: skip
 
     def conditional(self, y: Tensor, t: Tensor) -> Read:
         """The fields at y = x_t - alpha x_0 (B, *D): each (B, 1, ..) for joint jumps, (B, *D) by coordinate otherwise."""
@@ -151,6 +176,9 @@ class JumpKernel(Kernel):
 
     def factor(self, t: Tensor) -> LinearOperator:
         return Scalar(self.sigma(t))
+
+    def unit(self, t: Tensor, d: int) -> Tensor:
+        return self.sde.scales(t, d)["score"].power.reciprocal()
 
     def jumped(self, shape: tuple[int, ...], t: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of V = sum_i r(t, tau_i)^2 w_i, (B, 1, ..) for joint jumps, else (B, *D), for `shape` = (B, *D)."""

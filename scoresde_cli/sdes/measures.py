@@ -14,6 +14,7 @@ import numpy as np
 GRID = 2048  # points of each linear grid
 COARSER = 4  # ratio of the steps of two neighbouring grids
 ROWS = 64  # that are convolved at a time, so that they stay in a core's cache
+LEAST = 1e-290
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class Atoms:
         return Atoms(np.add.outer(self.at, other.at).ravel(), np.multiply.outer(self.mass, other.mass).ravel())
 
     def compressed(self, low: float, width: float) -> "Atoms":
-        """At most two atoms in each cell [low e^(i width), low e^((i+1) width)), of equal mass and first three moments."""
+        """At most two atoms in each cell [low e^(i width), low e^((i+1) width)), of equal mass and first three moments.
+
+        Mass of less than LEAST has no digits left, and is dropped.
+        """
         cell = np.maximum(np.log(self.at / low) / width, 0).astype(np.int64)
         cells = int(cell.max()) + 1
         centre = low * np.exp((np.arange(cells) + 0.5) * width)
@@ -38,7 +42,7 @@ class Atoms:
             moments.append(np.bincount(cell, part, cells))
             part = part * z
         m0, m1, m2, m3 = moments
-        used = m0 > 0
+        used = m0 > LEAST
         m0, m1, m2, m3, centre = (m[used] for m in (m0, m1, m2, m3, centre))
         mean, second, third = m1 / m0, m2 / m0, m3 / m0
         sd = np.sqrt(np.maximum(second - mean**2, 0))

@@ -19,6 +19,7 @@ z = 1/2 log(1 + rho^2 / l^2) (even), in float64, and read off by cubic interpola
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ FIRST = (
 TIMES, RADII = 96, 1536  # points in t and in z; twice as many from 16 dimensions up
 FINE = 256  # steps of the finest grid of V to l^2
 FIELDS = 4
+CUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,22 @@ class ScaleTable:
         finer = min(max(1.0, math.sqrt(d / 4)), 2.0)  # the fields turn within 1/d or so in z and log t
         self.times, self.radii = round(TIMES * finer), round(RADII * finer)
         self.first, self.last = math.log(FIRST * process.T), math.log(process.T)
+        self._casts: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def _built(self) -> tuple[float, Tensor]:
+        """The largest z, and the fields on the grid (times, radii, FIELDS)."""
         times = torch.linspace(self.first, self.last, self.times, dtype=torch.float64).exp()
         laws, ell = self.mixed(times), self.ell(times).numpy()
-        most = [math.sqrt(law.r.at.max()) * (math.sqrt(d) + 8) for law in laws]
-        self.reach = math.log1p(max((m / a) ** 2 for m, a in zip(most, ell, strict=True))) / 2
-        z = np.linspace(0, self.reach, self.radii)
-        rows = [evaluate(law, a * a * np.expm1(2 * z), d, a) for law, a in zip(laws, ell, strict=True)]
-        self._tables = {(torch.device("cpu"), torch.float64): torch.as_tensor(np.stack(rows))}
+        most = [math.sqrt(law.r.at.max()) * (math.sqrt(self.d) + 8) for law in laws]
+        reach = math.log1p(max((m / a) ** 2 for m, a in zip(most, ell, strict=True))) / 2
+        z = np.linspace(0, reach, self.radii)
+        rows = [evaluate(law, a * a * np.expm1(2 * z), self.d, a) for law, a in zip(laws, ell, strict=True)]
+        return reach, torch.as_tensor(np.stack(rows))
+
+    @property
+    def reach(self) -> float:
+        return self._built[0]
 
     def ell(self, t: Tensor) -> Tensor:
         """Root of the variance without jumps, (B,)."""
@@ -136,31 +147,60 @@ class ScaleTable:
     def __call__(self, rho2: Tensor, t: Tensor) -> Read:
         """The fields at squared distances rho2 (B, ...) and times t (B,), each shaped like rho2, typed like it."""
         ell = expand(self.ell(t), rho2)
-        table = self._table(rho2)
+        table = self._cast("table", rho2)
         z = 0.5 * torch.log1p(rho2 / ell.square())
         j, wz = stencil(z * ((self.radii - 1) / self.reach), self.radii)
         i, wt = stencil((t.log() - self.first) * ((self.times - 1) / (self.last - self.first)), self.times)
         if len(t) == 1 or t.stride(0) == 0:  # one time for all, as in a sampler: the times first
             rows = torch.einsum("a,azf->zf", wt[0], table[i[0] + torch.arange(4, device=i.device)])
-            values = sum(wz[..., b, None] * rows[j + b] for b in range(4))
+            values = (rows[j[..., None] + torch.arange(4, device=j.device)] * wz[..., None]).sum(-2)
         else:
-            flat, i = table.view(-1, FIELDS), expand(i, j)
-            values = sum(
-                (expand(wt[:, a], j) * wz[..., b])[..., None] * flat[(i + a) * self.radii + j + b]
-                for a in range(4)
-                for b in range(4)
-            )
-        return self._unpack(values, ell)  # type: ignore[arg-type]
+            near = torch.arange(4, device=j.device)
+            first = (expand(i, j)[..., None] + near) * self.radii + j[..., None]
+            rows = table.view(-1, FIELDS)[first[..., None] + near]  # (B, ..., 4 times, 4 radii, FIELDS)
+            weight = wt.reshape(len(t), *[1] * (j.ndim - 1), 4, 1) * wz[..., None, :]
+            values = (rows * weight[..., None]).flatten(-3, -2).sum(-2)
+        return self._unpack(values, ell)
+
+    def moments(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """E c_s^2 rho^2 / d, E c_s c_J rho^2 / d and E c_J^2 rho^2 / d given x_0, at times t (B,): cubic in log t.
+
+        The flux is cut at CUT times its mean over what has jumped. Between x_0 and where jumps land is hardly anything, and in
+        many dimensions all that is on its way back passes there: the flux is so large that its mean square says nothing of its
+        size elsewhere.
+        """
+        i, weight = stencil((t.log() - self.first) * ((self.times - 1) / (self.last - self.first)), self.times)
+        near = self._cast("moments", t)[i[:, None] + torch.arange(4, device=i.device)]
+        precision, both, square = (near * weight[..., None]).sum(1).exp().unbind(1)
+        return precision, both, square
+
+    @cached_property
+    def _moments(self) -> Tensor:
+        """(times, 3), logarithms: sums over the table's own radii, by the trapezium rule."""
+        rows = self._built[1]
+        z = torch.linspace(0, self.reach, self.radii, dtype=torch.float64)
+        r = torch.expm1(2 * z).sqrt()  # rho / l
+        width = torch.diff(r, prepend=r[:1]) + torch.diff(r, append=r[-1:])
+        log = rows[..., 0] + (self.d - 1) * r.clamp_min(1e-300).log()
+        share = torch.log_softmax(log + width.log(), dim=1)
+        times = torch.linspace(self.first, self.last, self.times, dtype=torch.float64).exp()
+        ell, jumped = self.ell(times)[:, None], -torch.expm1(-self.process.expected(times))
+        pull, push = rows[..., 1] + r.log() - ell.log(), rows[..., 2] + r.log() + ell.log()
+        top = torch.logsumexp(share + push, 1) + math.log(CUT) - jumped.log()
+        push = push.minimum(top[:, None])
+        found = [torch.logsumexp(share + squares, 1) for squares in (2 * pull, pull + push, 2 * push)]
+        return torch.stack(found, dim=1) - math.log(self.d)
 
     def _unpack(self, values: Tensor, ell: Tensor) -> Read:
         log_p = values[..., 0] - self.d * (ell.log() + 0.5 * math.log(2 * math.pi))
         return Read(log_p, values[..., 1].exp() / ell.square(), values[..., 2].exp(), values[..., 3])
 
-    def _table(self, like: Tensor) -> Tensor:
-        key = (like.device, like.dtype)
-        if key not in self._tables:
-            self._tables[key] = self._tables[(torch.device("cpu"), torch.float64)].to(like)
-        return self._tables[key]
+    def _cast(self, name: str, like: Tensor) -> Tensor:
+        """The table, or its moments, on the device and in the precision of `like`."""
+        key = (name, like.device, like.dtype)
+        if key not in self._casts:
+            self._casts[key] = (self._built[1] if name == "table" else self._moments).to(like)
+        return self._casts[key]
 
 
 def stencil(place: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ Size = Literal["smoke", "quick", "full"]
 Setting = dict[str, Any]
 METRICS = (
     "score_error",
+    "flux_error",
     "denoising_loss",
     "nll",
     "sliced_wasserstein",
@@ -134,6 +135,10 @@ class Study(ABC):
     def findings(self, folder: Path, jobs: Sequence[Job], out: Path, metrics: Sequence[str] | None = None) -> Findings:
         """What the jobs in `folder` came to, by these numbers of summary.json, with figures written to `out`."""
 
+    def trains_job(self, name: str) -> bool:
+        """Whether the job of this name is a run of `train`; `measure` does it otherwise."""
+        return self.trains
+
     def done(self, folder: Path) -> bool:
         """Whether the job in this directory is done."""
         return (folder / "run.json").is_file() and status(RunDir(folder)) == "finished"
@@ -179,7 +184,7 @@ class GridStudy(Study):
             "steps": (f"{steps} steps", [f"steps={steps}", "max_seconds=null"]),
             "seconds": (f"{seconds:g} s", ["steps=10000000", f"max_seconds={seconds}"]),
         }
-        return [known[budget] for budget in self.budgets or known]
+        return [known[budget] for budget in self.of_size("budgets") or known]
 
     def jobs(self, config: Mapping[str, Any], overrides: Sequence[str], own: Callable[[], int]) -> list[Job]:
         found = []

@@ -16,7 +16,8 @@ from scoresde_cli.studies.report import Figure, Table
 
 Rho = Annotated[float, Field(gt=0, lt=1)]
 KINDS = ("equi", "ar1")
-MISMATCHED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+Laws = dict[str, Callable[[np.ndarray], np.ndarray]]
+MISMATCHED: Laws = {
     "data Sigma, noise I": lambda lam: lam,
     "data I, noise Sigma": lambda lam: 1.0 / lam,
 }
@@ -57,7 +58,7 @@ def forgetting(rhos: Sequence[float], dims: Sequence[int]) -> Table:
 
 
 def steps(rhos: Sequence[float], dims: Sequence[int], worst: bool) -> Table:
-    laws = {**MISMATCHED, "data and noise Sigma": np.ones_like}
+    laws: Laws = {**MISMATCHED, "data and noise Sigma": np.ones_like}
     rows = []
     for kind in KINDS:
         for rho in rhos:

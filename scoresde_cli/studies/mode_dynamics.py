@@ -102,8 +102,8 @@ def log_ratio(
                 V = f * V + B * step * assumed
         else:
             log_V = log_V + 2.0 * np.log(np.maximum(np.abs(factor), 1e-150)).sum(0)
-    m2 = math.exp(-B * T_MIN)
-    return np.asarray((np.log(V) if stochastic else log_V) - np.log(kappa * m2 + noise * (1.0 - m2)))
+    end = math.exp(-B * T_MIN)
+    return np.asarray((np.log(V) if stochastic else log_V) - np.log(kappa * end + noise * (1.0 - end)))
 
 
 def ladder() -> list[int]:

@@ -21,40 +21,15 @@ import torch
 from scoresde_cli.datasets.jump_oracle import JumpOracle
 from scoresde_cli.datasets.oracle import Mixture
 from scoresde_cli.rng import generator
-from scoresde_cli.samplers.base import Sampler, Walk
+from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
 from scoresde_cli.samplers.heun_ode import HeunODE
 from scoresde_cli.samplers.scale_path import ScalePath
-from scoresde_cli.samplers.true_reversal import TrueReversal
 from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
 from scoresde_cli.sdes.vp import VP
+from scoresde_cli.studies.jump_exact import CountedReversal, Matched, Mistaken
 
 F64 = torch.float64
-
-
-class Mistaken(JumpOracle):
-    """The exact score with another flux: `matched` times -lambda E w / 2 score."""
-
-    matched = 0.0
-
-    def fields(self, x, t, names):
-        found = super().fields(x, t, (names - {"velocity", "flux"}) | {"score"})
-        flux = -0.5 * self.matched * self.jump.rate(t)[:, None] * self.jump.amplitude.mean * found["score"]
-        found |= {"flux": flux, "velocity": self.sde.velocity(x, t, found["score"], flux)}
-        return {name: found[name] for name in names}
-
-
-class Matched(Mistaken):
-    matched = 1.0
-
-
-class CountedReversal(TrueReversal):
-    total = 0
-
-    def walk_down(self, walk: Walk, *args):
-        x = super().walk_down(walk, *args)
-        self.total += walk.memory or 0
-        return x
 
 
 def law(d: int) -> Mixture:
@@ -106,7 +81,7 @@ def main() -> None:
                 x = sampler.sample(oracle(data, sde), sde, (args.d,), args.n, 0, dtype=F64).x
                 row = {"law": amplitude, "rate": rate, "run": name} | distances(x, true)
                 if isinstance(sampler, CountedReversal):
-                    row["jumps a path"] = sampler.total / (-(-args.n // 1024) * 1024)
+                    row["jumps a path"] = sampler.jumps / sampler.paths
                 row["seconds"] = time.perf_counter() - start
                 found.append(row)
                 print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
