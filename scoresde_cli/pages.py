@@ -62,7 +62,13 @@ EXAMPLES = {
         ("scoresde list data", "the data sets, with their keys"),
         ("scoresde list runs", "the runs below this folder, with their status"),
     ],
-    "doctor": [("scoresde doctor", "versions, devices, disk, credentials; every config composed")],
+    "batch": [
+        ("scoresde batch train -m n_proj=1,2,4 seed=0,1", "writes multirun/DIR/batch.sbatch, and says what to do with it"),
+        ("scoresde batch time=4:00:00 mem=8G cpus=2 parallel=20 train -m ...", "limits of a job, jobs at a time"),
+        ("scoresde batch gpus=1 partition=gpu account=me qos=long train -m ...", "where it runs"),
+        ("scoresde batch tries=20 grace=120 train -m ...", "how often a job is requeued, seconds it has to save"),
+    ],
+    "doctor": [("scoresde doctor", "versions, devices, disk, credentials, Slurm; every config composed")],
 }  # fmt: skip
 
 COMPLETION = 'eval "$(scoresde -sc install=bash)"'
