@@ -283,13 +283,14 @@ def result(root: Path, last: str, job: Job, launcher: Any) -> Any:
 
 
 def examine() -> str:
-    """What `scoresde doctor` says of the cluster. Raises ScoreSDEError for what would not work."""
+    """What `scoresde doctor` says of the cluster."""
     if shutil.which("sbatch") is None:
         return "no sbatch here: hydra/launcher=joblib uses the cores of this machine"
     rows = query("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
     if rows is None:
-        raise ScoreSDEError(
-            "sbatch is here, and sinfo gets no answer: slurmctld is down, or SLURM_CONF names another cluster"
+        return (
+            "sbatch is here, and sinfo gets no answer: slurmctld is down, or SLURM_CONF names another cluster; "
+            "hydra/launcher=slurm will not work, joblib uses the cores of this machine"
         )
     found = []
     for row in rows.splitlines():

@@ -259,12 +259,14 @@ def test_every_loss_trains_samples_and_is_evaluated(loss, way, numbers, coarse, 
     assert way in config
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert numbers - {"nll"} <= set(summary)
+    assert ("flux_error" in summary) == ("flux_error" in numbers)
     assert cli("sample", "run=run", "n=8", "out=x.csv")[0] == 0
-    code, _, err = cli("evaluate", "run=run", "n=200", "nll.rows=10", "nll.steps=3", "figures=false", "metrics=null")
+    asked = "null" if loss is None else f"[{','.join(sorted({*numbers, 'sliced_wasserstein'}))}]"
+    code, _, err = cli(
+        "evaluate", "run=run", "n=200", "nll.rows=10", "nll.steps=3", "figures=false", f"metrics={asked}"
+    )
     assert code == 0, err
-    found = json.loads((tmp_path / "run/evaluation.json").read_text())[-1]["summary"]
-    assert numbers <= set(found)
-    assert ("flux_error" in found) == ("flux_error" in numbers)
+    assert numbers <= set(json.loads((tmp_path / "run/evaluation.json").read_text())[-1]["summary"])
     if loss is None:
         assert cli("sample", "run=run", "n=8", "out=y.csv", "sampler=euler_maruyama")[0] == 0
         code, _, err = cli("sample", "run=run", "n=8", "out=z.csv", "sampler=true_reversal")

@@ -175,7 +175,9 @@ def test_forward_and_back_under_noise_that_depends_on_x_the_stationary_law_stays
     train = normal((10_000, 2), generator(0, "n"))
     sde = custom(Balanced(), Bend(), train)
     x = sde.sample_prior((10_000, 2), generator(1, "p"), F64)
-    assert kstest(x[:, 0].numpy(), "norm").statistic < 1.95 / 5000**0.5 + 0.02  # and of the 10,000 rows that it starts from
+    assert (
+        kstest(x[:, 0].numpy(), "norm").statistic < 1.95 / 5000**0.5 + 0.02
+    )  # and of the 10,000 rows that it starts from
     model, t = StationaryScore(sde), torch.full((50,), 0.5, dtype=F64)
     assert float(sde.velocity(train[:50].double(), t, -train[:50].double()).abs().max()) < 1e-9
     sampler = EulerMaruyama(steps=120, grid="uniform", denoise=False)

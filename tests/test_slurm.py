@@ -53,7 +53,7 @@ def slurm_here() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def until(what: Callable[[], object], seconds: float = 900) -> None:  # on a machine that others use as well
+def until(what: Callable[[], object], seconds: float = 300) -> None:  # on a machine that others use as well
     limit = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < limit, "it never came"
@@ -66,7 +66,7 @@ def ask(*command: str) -> str:
 
 def busy(sweep: Path, but: Sequence[str] = ()) -> tuple[str, str]:
     """The Slurm id of a job of a sweep that is training and has written a checkpoint, and the job's name; none of these."""
-    limit = time.monotonic() + 900
+    limit = time.monotonic() + 300
     while time.monotonic() < limit:
         there = slurm.queued() or {}
         for file in sweep.glob(".slurm/*.json"):
@@ -144,7 +144,7 @@ def test_preemption_requeue_time_outs_and_the_loss_of_a_node_change_no_bit(slurm
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
     parent = start(tmp_path, *argv)
-    said, _ = parent.communicate(timeout=900)
+    said, _ = parent.communicate(timeout=400)
     assert parent.returncode == 0, said
     assert "jobs of an earlier call are in the queue" in said
     for name in cut:  # they were cut indeed
@@ -162,7 +162,7 @@ def test_failed_and_cancelled_jobs_are_named_and_nobody_waits_for_them(slurm_her
     cancelled, _ = busy(tmp_path / "bad", ["optimizer.lr=1e+30"])
     ask("scancel", cancelled)
     gone = time.time()
-    said, _ = parent.communicate(timeout=900)
+    said, _ = parent.communicate(timeout=400)
     assert (tmp_path / "bad/optimizer.lr=0.001.failed.json").stat().st_mtime - gone < 60
     assert parent.returncode not in (0, 2)
     lines = [line for line in said.splitlines() if line.startswith("scoresde: ")]
