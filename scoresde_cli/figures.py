@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scoresde_cli import likelihood
 from scoresde_cli.datasets.base import Dataset
+from scoresde_cli.losses.dsm_cv import sparse
 from scoresde_cli.networks.model import ScoreModel
 
 matplotlib.use("Agg")
@@ -89,8 +90,9 @@ def mixing(entries: Sequence[dict[str, Any]], title: str, path: Path) -> Path:
 
 
 def noises(row: dict[str, Any]) -> np.ndarray:
-    """(3, levels): E|g + w delta|^2 for w = 0 (DSM), w = 1 (SSM) and the w of an estimate, up to one factor."""
-    plain, cross, square, w = (np.array(row[name]) for name in ("plain", "cross", "square", "w"))
+    """(3, levels): E|g + w delta|^2 for w = 0 (DSM), w = 1 (SSM) and the w that an estimate leads to, up to one factor."""
+    plain, cross, square = (np.array(row[name]) for name in ("plain", "cross", "square"))
+    w = sparse(torch.tensor(row["w"], dtype=torch.float64)).numpy()
     return np.stack([plain - 2.0 * v * cross + v**2 * square for v in (np.zeros_like(w), np.ones_like(w), w)])
 
 
