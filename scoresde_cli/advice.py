@@ -47,7 +47,11 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
             f"an energy network with optimizer.lr={parts.optimizer.lr:g}: the loss has spikes, which some runs end in; "
             "2e-3 is steady and more exact"
         )
-    if getattr(parts.model.network, "spatial", False) and loss.second_order and not loss.needs_kernel:
+    if getattr(parts.model.network, "spatial", False) and parts.data.kind != "image":
+        warnings.append(
+            f"network=unet is for images, and the data are {parts.data.kind}: mlp or resmlp learn more in the time"
+        )
+    elif getattr(parts.model.network, "spatial", False) and loss.second_order and not loss.needs_kernel:
         warnings.append(
             f"loss={loss.name} on images: a step of loss=dsm takes less than half the time, and learnt as much on the digits"
         )
