@@ -37,7 +37,7 @@ MOST = 0.9  # greater weights gain less than a tenth of the variance of SSM, and
 CELLS = 512  # of time
 THIN = 4  # no time is drawn less often than one in so many of the loss's own law
 LEAST = (
-    0.4  # smaller weights save less than two fifths of the noise of DSM, and cost a direction: they are taken as zero
+    0.4  # smaller weights save less than so great a part of the noise of DSM, cost a direction, and are taken as zero
 )
 
 

@@ -75,30 +75,30 @@ class Row:
     note: str = ""
 
 
-class PublishedSSMVR(SSMVR):
-    """The same with the square exact: the batch copied n_proj times, twice in reverse."""
-
-    def value(self, model, sde, x0, noised, t, generator):
-        v = self.directions(model, noised.x_t, t, generator)
-        x = noised.x_t.repeat(len(v), *[1] * (noised.x_t.ndim - 1)).requires_grad_()
-        score = model.score(x, t.repeat(len(v)))
-        projected = (score * v.flatten(0, 1)).flatten(1).sum(1)
-        gradient = torch.autograd.grad(projected.sum(), x, create_graph=True)[0]
-        curvature = (gradient * v.flatten(0, 1)).flatten(1).sum(1)
-        return (score.square().flatten(1).sum(1) + 2.0 * curvature).view(len(v), -1).mean(0)
+def published(loss, model, noised, t, generator):
+    """(score, v^T S, v^T J v) as published: the batch copied n_proj times, v^T J by reverse mode, and reverse mode through that."""
+    v = loss.directions(model, noised.x_t, t, generator)
+    x = noised.x_t.repeat(len(v), *[1] * (noised.x_t.ndim - 1)).requires_grad_()
+    score = model.score(x, t.repeat(len(v)))
+    projected = (score * v.flatten(0, 1)).flatten(1).sum(1)
+    gradient = torch.autograd.grad(projected.sum(), x, create_graph=True)[0]
+    return score, projected, (gradient * v.flatten(0, 1)).flatten(1).sum(1)
 
 
 class PublishedSSM(SSM):
-    """The sliced loss as published: the batch copied n_proj times, v^T J by reverse mode, and reverse mode through that."""
+    """The sliced loss by double reverse mode."""
 
     def value(self, model, sde, x0, noised, t, generator):
-        v = self.directions(model, noised.x_t, t, generator)
-        x = noised.x_t.repeat(len(v), *[1] * (noised.x_t.ndim - 1)).requires_grad_()
-        score = model.score(x, t.repeat(len(v)))
-        projected = (score * v.flatten(0, 1)).flatten(1).sum(1)
-        gradient = torch.autograd.grad(projected.sum(), x, create_graph=True)[0]
-        curvature = (gradient * v.flatten(0, 1)).flatten(1).sum(1)
-        return (projected.square() + 2.0 * curvature).view(len(v), -1).mean(0)
+        _, projected, curvature = published(self, model, noised, t, generator)
+        return (projected.square() + 2.0 * curvature).view(-1, len(t)).mean(0)
+
+
+class PublishedSSMVR(SSMVR):
+    """The same with the square exact."""
+
+    def value(self, model, sde, x0, noised, t, generator):
+        score, _, curvature = published(self, model, noised, t, generator)
+        return (score.square().flatten(1).sum(1) + 2.0 * curvature).view(-1, len(t)).mean(0)
 
 
 class ReverseISM(ISM):
