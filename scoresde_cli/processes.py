@@ -313,17 +313,17 @@ def largest(*values: float) -> list[float]:
     return found.tolist()
 
 
-def add_up(tensors: "Iterable[Tensor]") -> None:
-    """The sum of each tensor over the processes, in place; one call for all of them."""
+def added_up(tensors: "Iterable[Tensor]") -> "list[Tensor]":
+    """The sum of each tensor over the processes; one call for all of them."""
+    tensors = list(tensors)
     if size() == 1:
-        return
+        return tensors
     import torch
     from torch import distributed
 
     assert group is not None
-    tensors = list(tensors)
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     with answered():
         distributed.all_reduce(flat, group=group.handle)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -338,9 +338,24 @@ def test_the_linear_part_enters_by_its_trace_where_asked():
     assert torch.allclose(projected, trace.expand(4, -1), rtol=1e-10)
 
 
-def test_a_network_on_images_has_one_variance_for_all_pixels_and_others_keep_theirs():
-    unet, mlp = UNet((1, 4, 4), channels=4, multipliers=[1, 2]), MLP((16,))
-    assert covariance_for(Residual(), unet) == covariance_for(Eps(), unet) == "isotropic"
+def test_the_gaussian_part_of_a_network_on_images_knows_no_place():
+    """One mean and one variance a channel: the score of shifted images is the shifted score. Others keep theirs."""
+    unet, mlp = UNet((2, 4, 6), channels=4, multipliers=[1, 2]), MLP((48,))
+    place = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(2, 4, 6)
+    data = place + normal((500, 2, 4, 6), generator(0, "data"), torch.float64)
+    x, t = data[:5], torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+
+    def score(x, network):
+        parameterisation = Residual()
+        gaussian = fit_gaussian(data, covariance_for(parameterisation, network))
+        return ScoreModel(Zero(), VP(), parameterisation, gaussian).double()(x, t)
+
+    assert torch.allclose(score(x.roll((1, 2), (2, 3)), unet), score(x, unet).roll((1, 2), (2, 3)), rtol=1e-12)
+    assert not torch.allclose(score(x.roll((1, 2), (2, 3)), mlp), score(x, mlp).roll((1, 2), (2, 3)), rtol=1e-2)
+    gaussian = fit_gaussian(data, covariance_for(Eps(), unet))
+    assert torch.allclose(gaussian.mean.reshape(2, 24), data.mean((0, 2, 3)).unsqueeze(1).expand(2, 24), rtol=1e-12)
+    assert torch.allclose(gaussian.lam, (data - gaussian.mean.reshape(2, 4, 6)).square().mean(), rtol=1e-12)
+    assert fit_gaussian(data.flatten(1), "image").mean.unique().numel() == 1  # an image of one row
     assert covariance_for(Residual("full"), mlp) == "full"
     assert covariance_for(Residual(), mlp) == "auto"
     with pytest.raises(ScoreSDEError, match="principal coordinates are no image"):

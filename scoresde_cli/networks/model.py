@@ -55,10 +55,14 @@ class Gaussian:
 
 
 def fit_gaussian(x: Tensor, covariance: str) -> Gaussian:
-    """Moments of the data x (n, *D), in float64; covariance as in `Residual`."""
+    """Moments of the data x (n, *D), in float64; covariance as in `Residual`, or "image": one mean for all pixels of a channel,
+    and one variance for all, which shifts of an image leave as they are."""
     flat = x.flatten(1).double()
     n, d = flat.shape
     mean = flat.mean(0)
+    if covariance == "image":
+        axes = tuple(range(max(-2, 1 - x.ndim), 0))
+        mean = mean.reshape(x.shape[1:]).mean(axes, keepdim=True).expand(x.shape[1:]).flatten()
     centred = flat - mean
     if covariance == "full" or (covariance == "auto" and d >= 16 and n > 10 * d):
         lam, basis = torch.linalg.eigh(centred.T @ centred / n)

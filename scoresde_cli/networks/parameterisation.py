@@ -117,4 +117,4 @@ def covariance_for(parameterisation: Parameterisation, network: nn.Module) -> st
             f"parameterisation.covariance=full: principal coordinates are no image, which {type(network).__name__} expects; "
             "take auto or isotropic"
         )
-    return "isotropic"
+    return "image"

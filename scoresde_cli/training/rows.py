@@ -9,6 +9,7 @@ from each other, as samples are sorted by time in some losses, whose early ones 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scoresde_cli import divergence, processes
@@ -77,8 +78,14 @@ def mean(losses: Tensor) -> Tensor:
 
 
 def add_up(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-    """The gradients of the whole batch and its mean loss, in place."""
-    processes.add_up([loss, *(p.grad for p in parameters if p.grad is not None)])
+    """The gradients of the whole batch, in place, and its mean loss."""
+    learnt = [p for p in parameters if p.grad is not None]
+    *grads, loss = processes.added_up([*(p.grad for p in learnt), loss])  # type: ignore[list-item]
+    for p, grad in zip(learnt, grads, strict=True):
+        if (
+            p.grad is not grad
+        ):  # of several processes; in the order of the weights in memory, which the optimizer goes through
+            p.grad = grad if p.is_contiguous() else torch.empty_like(p).copy_(grad)
     return loss
 
 
