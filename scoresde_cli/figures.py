@@ -186,10 +186,8 @@ def inpainting(data: Dataset, u: np.ndarray, given: np.ndarray, path: Path, acro
     low, high = grey_ends(data)
     rows = min(len(given), len(u), 24)
     drawn = min(across, len(u) // len(given) or 1)
-    completed = (
-        u[: drawn * len(given)].reshape(-1, len(given), *u.shape[1:])[:, :rows] if len(u) >= len(given) else u[None]
-    )
-    shown = np.concatenate([np.nan_to_num(given[None, :rows], nan=0.5 * (low + high)), completed])
+    completed = u[: drawn * len(given)].reshape(-1, len(given), *u.shape[1:]) if len(u) >= len(given) else u[None]
+    shown = np.concatenate([np.nan_to_num(given[None, :rows], nan=0.5 * (low + high)), completed[:, :rows]])
     images = shown.swapaxes(0, 1).reshape(-1, *u.shape[1:])
     grid = np.kron(tiles(images, len(shown), low, high, down=rows), np.ones((4, 4, 1)))
     plt.imsave(path, grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)

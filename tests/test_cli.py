@@ -225,6 +225,7 @@ WRONG = [
     wrong("help", "trian", says="did you mean 'train'"),
     wrong("train", "data=table", "data.path=text.csv", code=4, says="'name' does not hold numbers"),
     wrong("train", "data=table", "data.path=nan.csv", code=4, says="missing"),
+    wrong("train", "data=table", "data.path=far.csv", code=4, says="'a' holds 1e+30"),
     wrong("train", "data=table", "data.path=good.csv", "data.columns=[alpha,gama]", says="did you mean 'gamma'"),
     wrong("train", "data=table", "data.path=good.csv", "data.columns=alpha", says="list"),
     wrong("train", "data=table", "data.path=garbage.npy", code=4, says="not an array"),
@@ -287,6 +288,7 @@ def odd_files(tmp_path):
     (tmp_path / "one.csv").write_text("a,b\n1,2\n")
     (tmp_path / "text.csv").write_text("a,name\n" + "1,bob\n" * 40)
     (tmp_path / "nan.csv").write_text("a,b\n" + "1,2\n3,\n" * 40)
+    (tmp_path / "far.csv").write_text("a,b\n1e30,1\n" + "".join(f"{i * i % 37},{i}\n" for i in range(60)))
     (tmp_path / "garbage.npy").write_bytes(os.urandom(200))
     (tmp_path / "garbage.parquet").write_bytes(b"PAR1" + bytes(200))
     (tmp_path / "notes.doc").write_text("hello")

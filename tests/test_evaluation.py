@@ -208,6 +208,11 @@ def test_a_picture_of_filled_gaps_puts_each_sample_beside_what_it_was_given(tmp_
         assert np.allclose(tiles[0][4:], 0.5, atol=1 / 128)
         assert np.allclose(tiles[1], (0.0, 1.0)[row], atol=1 / 128)
         assert np.allclose(tiles[2], (0.25, 0.75)[row], atol=1 / 128)
+    many = data.units.to_user(data.splits["test"][:40]).numpy()
+    few = figures.inpainting(
+        data, many[:30], many, tmp_path / "few.png"
+    )  # more given than drawn: the first 24, each once
+    assert plt.imread(few).shape[:2] == (4 * 24 * 9, 4 * 2 * 9)
 
 
 def test_what_is_measured_fits_the_data():
