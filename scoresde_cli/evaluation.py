@@ -256,9 +256,8 @@ def evaluate(
         ]
         of_classes = torch.stack([each.x.float().cpu() for each in drawn_for])
         judge = next(metric for metric in of_samples if isinstance(metric, Classifier))
-        asked = torch.arange(len(data.classes)).repeat_interleave(count)
         if torch.isfinite(of_classes).all():
-            entry = judge.label_accuracy(of_classes.flatten(0, 1), asked, seed)
+            entry = judge.label_accuracy(of_classes, seed)
             entry["protocol"] |= sampler.protocol() | common | {"nfe": drawn_for[0].nfe}
             summary["label_accuracy"] = entry
     if "sliced_wasserstein" in summary:

@@ -215,6 +215,17 @@ def test_a_picture_of_filled_gaps_puts_each_sample_beside_what_it_was_given(tmp_
     assert plt.imread(few).shape[:2] == (4 * 24 * 9, 4 * 2 * 9)
 
 
+def test_a_marginal_shows_that_samples_are_outside_of_its_frame(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "finish", lambda figure, path: figure)
+    b = np.random.default_rng(0).normal(size=(1000, 3))
+    a = np.concatenate([b[:600], b[600:] + 100.0])
+    figure = figures.marginals(a, b, ["a", "b", "c"], "", tmp_path / "p.png")
+    for panel in figure.axes[:3]:
+        x, y = panel.patches[-1].get_xy().T  # the outline of the samples
+        assert abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2 == pytest.approx(0.6, abs=0.01)  # its area
+    plt.close(figure)
+
+
 def test_what_is_measured_fits_the_data():
     assert set(pick_metrics(None, EightGaussians(n=100))) == set(METRICS) - {"frechet_pca", "classifier", "fid", "kid"}
     assert not {"score_error", "mode_weights"} & set(pick_metrics(None, Moons(n=100)))
