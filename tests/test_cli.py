@@ -1,6 +1,7 @@
 """The command line: help without torch, completion, and one clear line for every mistake."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -368,12 +369,14 @@ def test_paths_with_spaces_commas_and_brackets_are_taken_as_they_are(tmp_path, c
     odd = odd_files / "a, [b] (c)='d'.csv"
     odd.write_bytes((odd_files / "good.csv").read_bytes())
     small = [a for a in SMALL if not a.startswith("data.n")]
-    code, _, err = cli(
+    code, out, err = cli(
         "train", "data=table", f"data.path={odd}", f"dir={tmp_path}/my run, 1", *small, *NO_FIGURES, "eval.n=20"
     )
     assert code == 0, err
     assert cli("sample", f"{tmp_path}/my run, 1", "n=3", "out=x y.csv")[0] == 0
     assert (tmp_path / "x y.csv").exists()
+    said = next(line for line in out.splitlines() if line.startswith("next"))  # it runs as it is printed
+    assert shlex.split(said)[2:4] == ["sample", f"run={tmp_path}/my run, 1"]
 
 
 def test_a_sweep_takes_neither_one_directory_nor_one_run(tmp_path, cli):

@@ -21,6 +21,7 @@ from scoresde_cli.evaluation import (
     QUICK,
     evaluate,
     fresh_pairs,
+    in_words,
     losses,
     overfitted,
     pick_metrics,
@@ -77,6 +78,12 @@ def test_the_verdict_names_what_did_not_beat_the_baseline(changes, says):
     assert (found is None) if says is None else says in found
     if says and "hardly" not in says:
         assert found.startswith("did not beat its baseline")
+
+
+def test_the_verdict_says_which_gaussian_the_baseline_is():
+    for n, says in ((150, "mean and mean variance"), (200, "mean and covariance")):  # of 16 columns
+        baseline = compose(config(data="gmm", data__d=16, data__n=n)).baseline
+        assert says in verdict(summary(gain=(0.01, -0.02, 0.04)), in_words(baseline))
 
 
 def test_overfitting_is_said_only_where_the_loss_turned():

@@ -5,6 +5,7 @@ import os
 import resource
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -207,7 +208,7 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
         except Stopped as problem:
             run.update(status="preempted", ended=now())
             code = problem.exit_code
-            raise Stopped(f"{problem}; go on with: scoresde train resume={run.path}", code) from None
+            raise Stopped(f"{problem}; go on with: scoresde train {quote(f'resume={run.path}')}", code) from None
         except Diverged as problem:
             run.update(status="diverged", ended=now(), error=str(problem))
             code = problem.exit_code
@@ -219,13 +220,14 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
         except processes.Lost as problem:
             run.update(status="failed", ended=now(), error=str(problem))
             raise processes.Lost(
-                f"{problem}; go on from the last checkpoint with: scoresde train resume={run.path}"
+                f"{problem}; go on from the last checkpoint with: scoresde train {quote(f'resume={run.path}')}"
             ) from problem
         except OSError as problem:
             record_failure(run, problem)
             where = f"{problem.filename}: " if problem.filename else ""
             raise ScoreSDEError(
-                f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train resume={run.path}"
+                f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train "
+                f"{quote(f'resume={run.path}')}"
             ) from problem
         except SystemExit:  # submitit has requeued the job
             run.update(status="preempted", ended=now())
@@ -316,12 +318,12 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         each.summary(summary, figures)
     lines = [f"run      {run.path}", *(f"figure   {path}" for path in figures)]
     lines += [
-        f"next     scoresde sample run={run.path} n=1000 out=samples.csv",
-        f"         scoresde evaluate run={run.path}",
-        f"         scoresde train resume={run.path} steps={2 * s.steps}",
+        f"next     scoresde sample {quote(f'run={run.path}')} n=1000 out=samples.csv",
+        f"         scoresde evaluate {quote(f'run={run.path}')}",
+        f"         scoresde train {quote(f'resume={run.path}')} steps={2 * s.steps}",
     ]
     console.panel(f"{parts.loss.convention(parts.d)}", summary, lines)
-    for problem in (evaluation.verdict(summary), turned):
+    for problem in (evaluation.verdict(summary, evaluation.in_words(parts.baseline)), turned):
         if problem:
             console.warn(problem)
     if "sliced_wasserstein" not in summary:
