@@ -280,6 +280,10 @@ def test_a_value_that_float32_cannot_hold_beside_the_others_is_refused_in_whatev
             np.save(tmp_path / "x.npy", u)
             with pytest.raises(Unreadable, match=r"'x1' holds .*1e"):
                 Table(str(tmp_path / "x.npy"))
+    np.save(tmp_path / "x.npy", rows + np.array([0.0, 1.7e9]))  # seconds since 1970
+    assert Table(str(tmp_path / "x.npy")).splits["train"].std() > 0.9
+    with pytest.raises(Unreadable, match=r"too far from zero .* data.scaling=standardise"):
+        Table(str(tmp_path / "x.npy"), scaling="none")
 
 
 def test_small_units_are_not_taken_for_a_constant(tmp_path):

@@ -17,7 +17,7 @@ from scoresde_cli.claims import claim
 from scoresde_cli.compose import Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.networks.model import ScoreModel
-from scoresde_cli.provenance import command_line, now
+from scoresde_cli.provenance import command_line, now, science
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.tracking import console
 from scoresde_cli.tracking.base import Tracker
@@ -165,12 +165,17 @@ def go_on(run: RunDir, trust: bool, changes: dict[str, Any]) -> None:
             raise ScoreSDEError(f"resume={run.path}: the data file has changed since the run began")
         parts, kept = settle_together(parts, kept, done)
         state = prepare(parts, checkpoint)  # what does not fit is refused before anything is written
+        if run.altered():
+            raise ScoreSDEError(
+                f"resume={run.path}: its config.yaml has been changed since the run began, so its steps would not be of one run; "
+                "put it back as it was, or train anew"
+            )
         if "steps" in changes and parts.optimizer.schedule == "cosine":
             console.note("the cosine schedule now ends at the new number of steps")
         run.write_config(kept)
         session_facts = {"started": now(), "step": done, "command": command_line(), "processes": processes.size()}
         sessions = [*run.facts()["sessions"], session_facts]
-        run.update(status="running", sessions=sessions)
+        run.update(status="running", sessions=sessions, science=science(kept))
         console.note(f"going on with {run.path} at step {done}")
         session(run, kept, parts, tracker, state)
 

@@ -64,7 +64,7 @@ class Table(Dataset):
         self.units = fit_units(u[rows["train"]], scaling, names, resolution, origin)
         check_splits(rows, path)
         x = self.units.to_model(u)
-        check_range(x, u, names, path)
+        check_range(x, u, names, path, scaling)
         x = x.float()
         self.splits = {name: x[index] for name, index in rows.items()}
         if words is not None:
@@ -218,7 +218,7 @@ def handle_missing(
     return ~rows, count
 
 
-def check_range(x: torch.Tensor, u: torch.Tensor, names: list[str] | None, path: str) -> None:
+def check_range(x: torch.Tensor, u: torch.Tensor, names: list[str] | None, path: str, scaling: str) -> None:
     """Refuse values that float32 cannot hold beside the others, such as an error code of 1e30.
 
     Args:
@@ -232,9 +232,13 @@ def check_range(x: torch.Tensor, u: torch.Tensor, names: list[str] | None, path:
             row = int((x[:, i] - x[:, i].median()).abs().argmax())
             column = int((gaps[row] / gaps.mean(0)).argmax())
             where = f"column {names[column]!r}" if names is not None else f"element {column}"
+            far_from = (
+                "zero for numbers of 32 bits; take data.scaling=standardise, or"
+                if scaling == "none"
+                else ("its other values for numbers of 32 bits;")
+            )
             raise Unreadable(
-                f"data.path={path}: {where} holds {float(u[row, column]):.6g}, too far from its other values for numbers of 32 "
-                "bits; leave out that row or column"
+                f"data.path={path}: {where} holds {float(u[row, column]):.6g}, too far from {far_from} leave out that row or column"
             )
 
 
