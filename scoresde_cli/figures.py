@@ -40,7 +40,10 @@ def loss_curve(rows: list[dict[str, Any]], baseline: float | None, title: str, p
         figure, axes = plt.subplots(figsize=(6, 3.4))
         axes.plot(steps, loss, color=MODEL, alpha=0.35, lw=1, label="training, mean of each window")
         width = max(3, len(loss) // 12)
-        smooth = [np.median(loss[max(0, i - width) : i + 1]) for i in range(len(loss))]
+        half = [
+            min(width // 2, i, len(loss) - 1 - i) for i in range(len(loss))
+        ]  # even on both sides, so it does not lag
+        smooth = [np.median(loss[i - h : i + h + 1]) for i, h in enumerate(half)]
         axes.plot(steps, smooth, color=MODEL, lw=1.8, label="running median")
         if baseline is not None:
             axes.axhline(baseline, color="0.3", ls="--", lw=1.2, label="baseline: Gaussian with the data's moments")
@@ -138,8 +141,11 @@ def marginals(a: np.ndarray, b: np.ndarray, names: list[str], title: str, path: 
             low, high = np.quantile(b[:, i], [0.001, 0.999])
             pad = 0.1 * (high - low) + 1e-12
             bins = np.linspace(low - pad, high + pad, 40).tolist()
-            panel.hist(b[:, i], bins=bins, density=True, color=DATA, alpha=0.45, label="data")
-            panel.hist(a[:, i], bins=bins, density=True, color=MODEL, histtype="step", lw=1.4, label="samples")
+            for u, how in (
+                (b, {"color": DATA, "alpha": 0.45, "label": "data"}),
+                (a, {"color": MODEL, "histtype": "step", "lw": 1.4, "label": "samples"}),
+            ):  # densities of all rows: what is outside the frame is missing in it
+                panel.hist(u[:, i], bins=bins, weights=np.full(len(u), 1 / len(u) / (bins[1] - bins[0])), **how)
             panel.set_title(names[i], fontsize=8)
             panel.xaxis.set_major_locator(MaxNLocator(4))
             panel.set_yticks([])
@@ -177,7 +183,10 @@ def picture(data: Dataset, u: np.ndarray, path: Path) -> Path:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4, 4))
         axes.scatter(points[:, 0], points[:, 1], s=1.2, alpha=0.4, color=MODEL, lw=0)
-        axes.set_aspect("equal")
+        if data.columns is None:  # columns of a table have units of their own
+            axes.set_aspect("equal")
+        else:
+            axes.set(xlabel=data.columns[0], ylabel=data.columns[1])
         return finish(figure, path)
 
 
@@ -186,10 +195,8 @@ def inpainting(data: Dataset, u: np.ndarray, given: np.ndarray, path: Path, acro
     low, high = grey_ends(data)
     rows = min(len(given), len(u), 24)
     drawn = min(across, len(u) // len(given) or 1)
-    completed = (
-        u[: drawn * len(given)].reshape(-1, len(given), *u.shape[1:])[:, :rows] if len(u) >= len(given) else u[None]
-    )
-    shown = np.concatenate([np.nan_to_num(given[None, :rows], nan=0.5 * (low + high)), completed])
+    completed = u[: drawn * len(given)].reshape(-1, len(given), *u.shape[1:]) if len(u) >= len(given) else u[None]
+    shown = np.concatenate([np.nan_to_num(given[None, :rows], nan=0.5 * (low + high)), completed[:, :rows]])
     images = shown.swapaxes(0, 1).reshape(-1, *u.shape[1:])
     grid = np.kron(tiles(images, len(shown), low, high, down=rows), np.ones((4, 4, 1)))
     plt.imsave(path, grid.squeeze(-1) if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=1)
@@ -346,11 +353,16 @@ def field(model: ScoreModel, data: Dataset, t_min: float, title: str, path: Path
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.6), sharex=True, sharey=True)
         shown = axes[0].contourf(u, v, np.maximum(log, top - 9), levels=np.linspace(top - 9, top, 19), cmap="magma")
-        figure.colorbar(shown, ax=axes[0], label="log p, up to a constant" if still else "log p, nats")
+        whole = np.arange(np.ceil(top - 9), top)
+        figure.colorbar(shown, ax=axes[0], label="log p, up to a constant" if still else "log p, nats", ticks=whole)
         at, when = ("", "") if still else (f", t = {t_min:g}", f", t = {t_field:g}")
         axes[0].set_title(f"learnt log-density{at} (black: 9 below the top)", fontsize=9)
         axes[1].scatter(*x[:3000].T.numpy(), s=1, alpha=0.25, color=DATA, lw=0)
         axes[1].quiver(a, b, arrows[:, 0], arrows[:, 1], color=MODEL, scale=26, width=0.004)
         axes[1].set_title(f"learnt score{when} (long arrows cut)", fontsize=9)
+        across, up = (f"{name}, scaled" if data.columns else name for name in data.columns or ("x0", "x1"))
+        for panel in axes:
+            panel.set_xlabel(across)
+        axes[0].set_ylabel(up)
         figure.suptitle(title, fontsize=8)
         return finish(figure, path)

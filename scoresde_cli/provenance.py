@@ -70,6 +70,11 @@ def identity(config: Mapping[str, Any]) -> str:
     return digest({name: value for name, value in config.items() if name not in ASIDE})
 
 
+def science(config: Mapping[str, Any]) -> str:
+    """The same without the budget, which a resume may change."""
+    return identity({name: value for name, value in config.items() if name not in ("steps", "max_seconds")})
+
+
 def difference(before: Any, after: Any, where: str = "") -> str | None:
     """The first place where two plain configs differ, as `key: BEFORE against AFTER`; None where they are equal."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):

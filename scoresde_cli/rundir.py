@@ -25,7 +25,7 @@ from scoresde_cli.compose import Parts
 from scoresde_cli.configs import moved, refuse_foreign
 from scoresde_cli.errors import ScoreSDEError, Unreadable, one_line
 from scoresde_cli.networks.model import Gaussian
-from scoresde_cli.provenance import git_state, identity, jsonable, now, versions
+from scoresde_cli.provenance import git_state, identity, jsonable, now, science, versions
 from scoresde_cli.stored import Stored, pack_data, unpack_data
 from scoresde_cli.training.state import Checkpoint, checkpoints, step_of, write_durably
 
@@ -208,7 +208,8 @@ class RunDir:
         self.write(
             "run.json",
             {
-                "format": FORMAT, "id": identity(config), "scoresde": __version__, "command": command, "status": "running",
+                "format": FORMAT, "id": identity(config), "science": science(config), "scoresde": __version__, "command": command,
+                "status": "running",
                 "seed": parts.settings.seed, "device": str(parts.device), "precision": parts.settings.precision,
                 "data": parts.data.facts, "started": now(),
                 "sessions": [{"started": now(), "pid": os.getpid(), "processes": processes.size()}],
@@ -242,6 +243,13 @@ class RunDir:
             raise Unreadable(f"{self.path / 'config.yaml'}: expected keys and values")
         refuse_foreign(config, self.path / "config.yaml", "", trust)
         return config
+
+    def altered(self) -> bool:
+        """Whether config.yaml says another thing than when the run began, but for its budget."""
+        import yaml
+
+        now = science(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        return bool(self.facts().get("science", now) != now)
 
     def checkpoint(self, device: str | torch.device = "cpu", which: str | int = "last") -> Checkpoint:
         """A checkpoint, verified: `last`, `selected` (the one that was measured), `best` (least validation loss) or a step's."""
@@ -280,8 +288,10 @@ def measured(entry: Mapping[str, Any]) -> dict[str, Any]:
     return whole | {"value": float(entry["value"]), "floor_high": None if high is None else float(high)}
 
 
-def recent(roots: tuple[str, ...] = ("outputs", "multirun")) -> list[RunDir]:
-    """Run directories below the usual folders, oldest first."""
-    found = [RunDir(p.parent) for root in roots for p in Path(root).glob("*/*/run.json")]
-    found += [RunDir(p.parent) for p in Path("multirun").glob("*/*/*/run.json")]
-    return sorted(found, key=lambda run: str(run.path))
+def recent() -> list[RunDir]:
+    """Run directories in this folder and in those that `train` and `ablate` make in it, by name."""
+    places = ("*", "outputs/*/*", "multirun/*/*", "multirun/*/*/*", "studies/*/runs/*")
+    found = {
+        p.parent for place in places for p in Path().glob(f"{place}/run.json") if not p.parent.name.startswith(".")
+    }
+    return [RunDir(path) for path in sorted(found, key=str)]

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from scoresde_cli.claims import BEGAN, PATIENCE, TASK, follow_parent
@@ -135,7 +136,7 @@ def conclude(folder: Path, since: float = 0.0) -> None:
         console.note(f"sweep    {folder}: {', '.join(f'{n} {status}' for status, n in count.most_common())}")
     raise_failures(folder, since)
     if count:
-        console.note(f"next     scoresde report {folder}")
+        console.note(f"next     scoresde report {quote(str(folder))}")
 
 
 def status(run: RunDir) -> str:

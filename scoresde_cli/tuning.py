@@ -106,8 +106,9 @@ def say_how_long(parts: Parts, field: FieldModel, done: int) -> None:
         peak = torch.cuda.max_memory_allocated(parts.device) / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    minutes = round(whole / 60)
     console.note(
-        f"about {each:.2g} s a step, {whole / 60:.0f} minutes for {min(s.steps - done, round(whole / each))} steps; "
+        f"about {each:.2g} s a step, {minutes} minute{'s' * (minutes > 1)} for {min(s.steps - done, round(whole / each))} steps; "
         f"memory {peak:.0f} MB so far"
     )
 

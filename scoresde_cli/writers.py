@@ -1,6 +1,7 @@
 """Samples to a file, block by block and in the user's units, so that memory does not grow with their number.
 
-.npz        x (n, *D) float32, columns, and the recorded path: path (frames, m, *D), times (frames,)
+.npz        x (n, *D) and columns, and the recorded path: path (frames, m, *D), times (frames,); x and path are float32, float64
+            where that has too few digits for a column
 .csv        one row a sample, columns by name
 .parquet    the same
 .png        a picture: images in a grid, or points in the plane; with a path, one panel a frame
@@ -86,17 +87,22 @@ class NPZ(Writer):
         super().__init__(path, data, n)
         self.archive = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
         self.member = self.archive.open("x.npy", "w", force_zip64=True)
-        header = {"descr": "<f4", "fortran_order": False, "shape": (n, *data.shape)}
+        units = data.units
+        extreme = torch.cat(
+            [units.shift.abs(), *(abs(m).flatten() for m in (units.scale, units.matrix) if m is not None)]
+        ).max()
+        self.kind = "<f8" if units.digits().max() > 10 or extreme > 1e30 else "<f4"
+        header = {"descr": self.kind, "fortran_order": False, "shape": (n, *data.shape)}
         np.lib.format.write_array_header_2_0(self.member, header)
 
     def add(self, u: np.ndarray) -> None:
-        self.member.write(np.ascontiguousarray(u, dtype="<f4").tobytes())
+        self.member.write(np.ascontiguousarray(u, dtype=self.kind).tobytes())
 
     def finish(self, path: Track | None) -> None:
         self.member.close()
         arrays: dict[str, Any] = {} if self.data.columns is None else {"columns": np.array(self.data.columns)}
         if path is not None:
-            arrays |= {"path": path.to_user(self.data).astype(np.float32), "times": np.array(path.times)}
+            arrays |= {"path": path.to_user(self.data).astype(self.kind), "times": np.array(path.times)}
         for name, array in arrays.items():
             with self.archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -114,6 +120,9 @@ class CSV(Writer):
         first = not self.path.exists()
         frame = pd.DataFrame(u.reshape(len(u), -1), columns=self.columns)
         # Nine digits hold a float32, and show a value on a column's grid as it was written in the user's file.
+        for i, digits in enumerate(self.data.units.digits().tolist()):
+            if digits > 9:
+                frame.isetitem(i, [f"{value:.{digits}g}" for value in u.reshape(len(u), -1)[:, i]])
         frame.to_csv(self.path, index=False, header=first, mode="w" if first else "a", float_format="%.9g")
 
     def finish(self, path: Track | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scoresde_cli import hydra_app
+from scoresde_cli import batch, hydra_app
 from scoresde_cli.cli import main
 from tests.conftest import NO_FIGURES, SMALL
 from tests.test_sweeps import numbers
@@ -97,3 +97,11 @@ def test_the_agents_of_the_wandb_sweep_run_what_train_understands():
         assert not flags
         hydra_app.check_values("train", [], *hydra_app.split_sweep("train", overrides))
     assert os.path.basename(command[1]) == sweep["program"]
+
+
+def test_a_folder_with_a_space_is_one_word_to_sbatch():
+    """sbatch reads the values of its lines as a shell does: a quoted one is whole, an open one ends at the space."""
+    text = batch.script(batch.Keys(), batch.Plan(Path("/my data/sweep, 1"), 2, ["scoresde"]))
+    words = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert ["--output=/my data/sweep, 1/logs/%A_%a.txt"] in words
+    assert ["--job-name=sweep, 1"] in words

@@ -1,6 +1,7 @@
 """The command line: help without torch, completion, and one clear line for every mistake."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,7 @@ WRONG = [
     wrong("help", "trian", says="did you mean 'train'"),
     wrong("train", "data=table", "data.path=text.csv", code=4, says="'name' does not hold numbers"),
     wrong("train", "data=table", "data.path=nan.csv", code=4, says="missing"),
+    wrong("train", "data=table", "data.path=far.csv", code=4, says="'a' holds 1e+30"),
     wrong("train", "data=table", "data.path=good.csv", "data.columns=[alpha,gama]", says="did you mean 'gamma'"),
     wrong("train", "data=table", "data.path=good.csv", "data.columns=alpha", says="list"),
     wrong("train", "data=table", "data.path=garbage.npy", code=4, says="not an array"),
@@ -287,6 +289,7 @@ def odd_files(tmp_path):
     (tmp_path / "one.csv").write_text("a,b\n1,2\n")
     (tmp_path / "text.csv").write_text("a,name\n" + "1,bob\n" * 40)
     (tmp_path / "nan.csv").write_text("a,b\n" + "1,2\n3,\n" * 40)
+    (tmp_path / "far.csv").write_text("a,b\n1e30,1\n" + "".join(f"{i * i % 37},{i}\n" for i in range(60)))
     (tmp_path / "garbage.npy").write_bytes(os.urandom(200))
     (tmp_path / "garbage.parquet").write_bytes(b"PAR1" + bytes(200))
     (tmp_path / "notes.doc").write_text("hello")
@@ -366,12 +369,14 @@ def test_paths_with_spaces_commas_and_brackets_are_taken_as_they_are(tmp_path, c
     odd = odd_files / "a, [b] (c)='d'.csv"
     odd.write_bytes((odd_files / "good.csv").read_bytes())
     small = [a for a in SMALL if not a.startswith("data.n")]
-    code, _, err = cli(
+    code, out, err = cli(
         "train", "data=table", f"data.path={odd}", f"dir={tmp_path}/my run, 1", *small, *NO_FIGURES, "eval.n=20"
     )
     assert code == 0, err
     assert cli("sample", f"{tmp_path}/my run, 1", "n=3", "out=x y.csv")[0] == 0
     assert (tmp_path / "x y.csv").exists()
+    said = next(line for line in out.splitlines() if line.startswith("next"))  # it runs as it is printed
+    assert shlex.split(said)[2:4] == ["sample", f"run={tmp_path}/my run, 1"]
 
 
 def test_a_sweep_takes_neither_one_directory_nor_one_run(tmp_path, cli):

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from scoresde_cli.datasets.table import Table
 from scoresde_cli.runs import load_run
+from scoresde_cli.writers import write_samples
 
 
 @pytest.fixture
@@ -32,6 +34,20 @@ def test_every_format_holds_the_same_samples_of_the_python_door(here, trained):
     assert np.array_equal(x, load_run(trained).sample(2100).astype(np.float32))
     assert np.array_equal(pd.read_csv("x.csv").to_numpy(dtype=np.float32), x)
     assert np.array_equal(pd.read_parquet("x.parquet").to_numpy(dtype=np.float32), x)
+
+
+def test_every_format_keeps_the_digits_of_a_column_far_from_zero(tmp_path):
+    """Seconds since 1970 that vary by one: float32 holds them to 128, nine digits to 10."""
+    u = np.random.default_rng(0).normal(size=(200, 2)) + np.array([1.7e9, 0.0])
+    np.save(tmp_path / "u.npy", u)
+    data = Table(str(tmp_path / "u.npy"))
+    x = data.splits["test"]
+    for name in ("x.npz", "x.csv", "x.parquet"):
+        write_samples(tmp_path / name, data, [x[:20], x[20:]], len(x), overwrite=False)
+    exact = data.units.to_user(x).numpy()
+    assert np.abs(np.load(tmp_path / "x.npz")["x"] - exact).max() < 1e-6  # a float64 of that size has 2.4e-7
+    assert np.abs(pd.read_parquet(tmp_path / "x.parquet").to_numpy() - exact).max() == 0
+    assert np.abs(pd.read_csv(tmp_path / "x.csv").to_numpy() - exact).max() < 1e-5  # fifteen digits
 
 
 def test_a_key_of_the_sampler_alone_changes_the_runs_own(here):

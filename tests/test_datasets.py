@@ -269,3 +269,27 @@ def test_a_table_whose_rows_are_nearly_all_equal_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a\n" + "\n".join(str(i % 2) for i in range(200)) + "\n")
     with pytest.raises(Unreadable, match="fewer than two"):
         Table(str(tmp_path / "t.csv"))
+
+
+def test_a_value_that_float32_cannot_hold_beside_the_others_is_refused_in_whatever_split_it_falls(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(200, 2))
+    for value in (1e30, -1e12):
+        for place in range(8):
+            u = rows.copy()
+            u[place, 1] = value
+            np.save(tmp_path / "x.npy", u)
+            with pytest.raises(Unreadable, match=r"'x1' holds .*1e"):
+                Table(str(tmp_path / "x.npy"))
+    np.save(tmp_path / "x.npy", rows + np.array([0.0, 1.7e9]))  # seconds since 1970
+    assert Table(str(tmp_path / "x.npy")).splits["train"].std() > 0.9
+    with pytest.raises(Unreadable, match=r"too far from zero .* data.scaling=standardise"):
+        Table(str(tmp_path / "x.npy"), scaling="none")
+
+
+def test_small_units_are_not_taken_for_a_constant(tmp_path):
+    u = np.random.default_rng(0).normal(size=(200, 2))
+    found = []
+    for unit in (1.0, 1.6e-19):
+        np.save(tmp_path / "x.npy", u * [1.0, unit])
+        found.append(Table(str(tmp_path / "x.npy")).everything())
+    assert torch.allclose(*(x.sort(0).values for x in found), atol=1e-6)  # float32

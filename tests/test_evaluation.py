@@ -21,6 +21,7 @@ from scoresde_cli.evaluation import (
     QUICK,
     evaluate,
     fresh_pairs,
+    in_words,
     losses,
     overfitted,
     pick_metrics,
@@ -77,6 +78,12 @@ def test_the_verdict_names_what_did_not_beat_the_baseline(changes, says):
     assert (found is None) if says is None else says in found
     if says and "hardly" not in says:
         assert found.startswith("did not beat its baseline")
+
+
+def test_the_verdict_says_which_gaussian_the_baseline_is():
+    for n, says in ((150, "mean and mean variance"), (200, "mean and covariance")):  # of 16 columns
+        baseline = compose(config(data="gmm", data__d=16, data__n=n)).baseline
+        assert says in verdict(summary(gain=(0.01, -0.02, 0.04)), in_words(baseline))
 
 
 def test_overfitting_is_said_only_where_the_loss_turned():
@@ -208,6 +215,22 @@ def test_a_picture_of_filled_gaps_puts_each_sample_beside_what_it_was_given(tmp_
         assert np.allclose(tiles[0][4:], 0.5, atol=1 / 128)
         assert np.allclose(tiles[1], (0.0, 1.0)[row], atol=1 / 128)
         assert np.allclose(tiles[2], (0.25, 0.75)[row], atol=1 / 128)
+    many = data.units.to_user(data.splits["test"][:40]).numpy()
+    few = figures.inpainting(
+        data, many[:30], many, tmp_path / "few.png"
+    )  # more given than drawn: the first 24, each once
+    assert plt.imread(few).shape[:2] == (4 * 24 * 9, 4 * 2 * 9)
+
+
+def test_a_marginal_shows_that_samples_are_outside_of_its_frame(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "finish", lambda figure, path: figure)
+    b = np.random.default_rng(0).normal(size=(1000, 3))
+    a = np.concatenate([b[:600], b[600:] + 100.0])
+    figure = figures.marginals(a, b, ["a", "b", "c"], "", tmp_path / "p.png")
+    for panel in figure.axes[:3]:
+        x, y = panel.patches[-1].get_xy().T  # the outline of the samples
+        assert abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2 == pytest.approx(0.6, abs=0.01)  # its area
+    plt.close(figure)
 
 
 def test_what_is_measured_fits_the_data():

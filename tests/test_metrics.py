@@ -454,12 +454,15 @@ def test_the_classifiers_agree_on_clear_images_and_count_the_classes():
     found = judge.measure(clear, held_out)
     assert found["classifier_agreement"] == 1.0
     assert found["class_balance"] == pytest.approx(0.5 * (0.25 + 0.05 + 0.3))
-    entry = judge.label_accuracy(clear, k, 0)
+    of_classes = BLOBS.patterns[:3, None].float().repeat_interleave(100, 1)
+    entry = judge.label_accuracy(of_classes, 0)
     assert entry["value"] == 1.0
     assert entry["detail"]["samples"] == [1.0, 1.0, 1.0]
-    wrong = judge.label_accuracy(clear, torch.where(k == 0, 1, k), 0)
+    of_classes[:, :50] = of_classes[:, :50].roll(1, 0)
+    wrong = judge.label_accuracy(of_classes, 0)
     assert wrong["value"] == 0.5
-    assert wrong["ci"][0] < 0.5 < wrong["ci"][1]
+    # Classes share their noise: a hundred observations of standard deviation 1/2, and not three hundred.
+    assert wrong["ci"][1] - wrong["ci"][0] == pytest.approx(2 * 1.96 * 0.05, rel=0.2)  # the quantiles of 200 copies
     real = (judge.seen(BLOBS.splits["test"])[:, 0] == BLOBS.known[0]["test"]).double().mean()
     assert entry["floor"] == float(real) > 0.9
 
@@ -560,6 +563,8 @@ def test_compare_gives_each_number_with_interval_floor_and_protocol(metric, m):
         assert sign * (entry["value"] - entry["floor"]) < 2 * spread
         assert sign * (far[name]["value"] - entry["floor"]) > 2 * spread
         assert far[name]["ci"][0] <= far[name]["value"] <= far[name]["ci"][1]
+        least, most = metric.quantities[name].limits  # no accuracy above one, no distance below zero
+        assert all(least <= end <= most for one in (entry, far[name]) for end in one["ci"])
         assert metric.detail(x, y).get(name) == entry.get("detail")
 
 

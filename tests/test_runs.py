@@ -426,6 +426,20 @@ def test_an_altered_network_is_refused_and_nothing_is_written(copy, cli):
     assert {n: (copy / n).read_bytes() for n in before} == before
 
 
+def test_a_config_that_was_changed_by_hand_is_not_gone_on_with(copy, cli):
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file() and p.name not in ("lock", "config.yaml")}
+    for change in (lambda c: c.update(seed=5), lambda c: c["optimizer"].update(lr=0.5)):
+        kept = (copy / "config.yaml").read_bytes()
+        edit_config(copy, change)
+        code, _, err = cli("train", f"resume={copy}", "steps=70")
+        assert code == 2
+        assert "config.yaml has been changed" in err
+        (copy / "config.yaml").write_bytes(kept)
+    assert {p: p.read_bytes() for p in before} == before
+    edit_config(copy, lambda c: c.update(steps=66))  # the budget may be
+    assert cli("train", f"resume={copy}")[0] == 0
+
+
 def test_resume_takes_no_other_setting_in_any_spelling(copy, cli):
     for override in ("~steps", "++optimizer.lr=1", "tracker=wandb", "seed=3"):
         code, _, err = cli("train", f"resume={copy}", override)
@@ -558,3 +572,12 @@ def test_two_runs_in_one_second_get_two_directories(tmp_path, monkeypatch):
     config = {"seed": 0, "loss": {"_target_": "x"}}
     runs = [RunDir.create(config, None) for _ in range(3)]
     assert len({str(r.path) for r in runs}) == 3
+
+
+def test_list_runs_shows_those_of_a_study_and_those_that_were_given_a_name(trained, tmp_path, cli):
+    places = ("mine", "outputs/2026-01-01/10-00-00-abc", "studies/s/runs/n_proj=1,seed=0")
+    for place in places:
+        shutil.copytree(trained, tmp_path / place)
+    code, out, _ = cli("list", "runs")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()] == [[place, "finished"] for place in places]

@@ -1,6 +1,7 @@
 """Every study, from its grid to its report, at the size of a smoke test; what it refuses; how it goes on."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_every_study_runs_at_its_least_size_and_reports(name, tmp_path, cli):
     assert list((folder / "figures").glob("*.png"))
     assert html.count("data:image/png;base64,") == len(list((folder / "figures").glob("*.png")))
     assert "not finished" not in text
-    assert " ".join(facts["command"][1:]) in text
+    assert shlex.join(facts["command"][1:]) in text  # as a shell takes it
     # Once more: nothing is left to do, and the report is the same.
     began = {p: p.stat().st_mtime_ns for p in (folder / "runs").rglob("*") if p.is_file()}
     code, out, err = cli("ablate", f"study={name}", "size=smoke", *HERE)

@@ -106,7 +106,7 @@ def measure(folder: RunDir, keys: dict[str, Any], chosen: dict[str, Any] | None,
     console.panel(f"{run.path}, step {run.step}", found.summary, lines)
     if found.samples is not None and not any(name in found.summary for name in evaluation.of_samples()):
         console.warn("some samples are not finite: none of them was measured (more sampler.steps may help)")
-    problem = evaluation.verdict(found.summary)
+    problem = evaluation.verdict(found.summary, evaluation.in_words(parts.baseline))
     if problem:
         console.warn(problem)
     return Measured(run.path, run.step, found.summary)

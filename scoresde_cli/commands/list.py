@@ -43,7 +43,7 @@ def runs() -> int:
 
     found = recent()
     if not found:
-        note("no runs below outputs/ or multirun/ in this folder")
+        note("no runs in this folder, nor below its outputs/, multirun/ and studies/")
     for run in found:
         try:
             summary, became = run.summary(), run.status()

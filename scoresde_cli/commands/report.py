@@ -1,6 +1,7 @@
 """`scoresde report`: tables, figures and a report of a study, a sweep, or any runs."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def as_report(
     title: str, question: str, found: Findings, shared: dict[str, str], seconds: float, command: Sequence[str]
 ) -> Report:
     return Report(
-        title, question, found.answers, found.tables, found.figures, shared, " ".join(command), versions(), seconds, found.notes,
+        title, question, found.answers, found.tables, found.figures, shared, shlex.join(command), versions(), seconds, found.notes,
         found.how_to_read,
     )  # fmt: skip
 

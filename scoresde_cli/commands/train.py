@@ -5,6 +5,7 @@ import os
 import resource
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from scoresde_cli.claims import claim
 from scoresde_cli.compose import Parts, build, compose
 from scoresde_cli.errors import Diverged, ScoreSDEError, Stopped
 from scoresde_cli.networks.model import ScoreModel
-from scoresde_cli.provenance import command_line, now
+from scoresde_cli.provenance import command_line, now, science
 from scoresde_cli.rundir import RunDir
 from scoresde_cli.tracking import console
 from scoresde_cli.tracking.base import Tracker
@@ -164,12 +165,17 @@ def go_on(run: RunDir, trust: bool, changes: dict[str, Any]) -> None:
             raise ScoreSDEError(f"resume={run.path}: the data file has changed since the run began")
         parts, kept = settle_together(parts, kept, done)
         state = prepare(parts, checkpoint)  # what does not fit is refused before anything is written
+        if run.altered():
+            raise ScoreSDEError(
+                f"resume={run.path}: its config.yaml has been changed since the run began, so its steps would not be of one run; "
+                "put it back as it was, or train anew"
+            )
         if "steps" in changes and parts.optimizer.schedule == "cosine":
             console.note("the cosine schedule now ends at the new number of steps")
         run.write_config(kept)
         session_facts = {"started": now(), "step": done, "command": command_line(), "processes": processes.size()}
         sessions = [*run.facts()["sessions"], session_facts]
-        run.update(status="running", sessions=sessions)
+        run.update(status="running", sessions=sessions, science=science(kept))
         console.note(f"going on with {run.path} at step {done}")
         session(run, kept, parts, tracker, state)
 
@@ -207,7 +213,7 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
         except Stopped as problem:
             run.update(status="preempted", ended=now())
             code = problem.exit_code
-            raise Stopped(f"{problem}; go on with: scoresde train resume={run.path}", code) from None
+            raise Stopped(f"{problem}; go on with: scoresde train {quote(f'resume={run.path}')}", code) from None
         except Diverged as problem:
             run.update(status="diverged", ended=now(), error=str(problem))
             code = problem.exit_code
@@ -219,13 +225,14 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
         except processes.Lost as problem:
             run.update(status="failed", ended=now(), error=str(problem))
             raise processes.Lost(
-                f"{problem}; go on from the last checkpoint with: scoresde train resume={run.path}"
+                f"{problem}; go on from the last checkpoint with: scoresde train {quote(f'resume={run.path}')}"
             ) from problem
         except OSError as problem:
             record_failure(run, problem)
             where = f"{problem.filename}: " if problem.filename else ""
             raise ScoreSDEError(
-                f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train resume={run.path}"
+                f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train "
+                f"{quote(f'resume={run.path}')}"
             ) from problem
         except SystemExit:  # submitit has requeued the job
             run.update(status="preempted", ended=now())
@@ -316,12 +323,12 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         each.summary(summary, figures)
     lines = [f"run      {run.path}", *(f"figure   {path}" for path in figures)]
     lines += [
-        f"next     scoresde sample run={run.path} n=1000 out=samples.csv",
-        f"         scoresde evaluate run={run.path}",
-        f"         scoresde train resume={run.path} steps={2 * s.steps}",
+        f"next     scoresde sample {quote(f'run={run.path}')} n=1000 out=samples.csv",
+        f"         scoresde evaluate {quote(f'run={run.path}')}",
+        f"         scoresde train {quote(f'resume={run.path}')} steps={2 * s.steps}",
     ]
     console.panel(f"{parts.loss.convention(parts.d)}", summary, lines)
-    for problem in (evaluation.verdict(summary), turned):
+    for problem in (evaluation.verdict(summary, evaluation.in_words(parts.baseline)), turned):
         if problem:
             console.warn(problem)
     if "sliced_wasserstein" not in summary:

@@ -65,6 +65,11 @@ class Units:
             u = torch.where(self.resolution > 0, (on_grid * digits).round() / digits + 0.0, u)  # no -0
         return u.reshape(-1, *self.shape)
 
+    def digits(self) -> Tensor:
+        """(d,) decimal digits by which a coordinate in the user's units keeps nine of its spread: 9 to 15 (dates, identities)."""
+        spread = self.scale.abs() if self.scale is not None else self.matrix.norm(dim=1)  # type: ignore[union-attr]
+        return (9 + (self.shift.abs() / spread).clamp(1.0, 1e6).log10().ceil()).long()
+
     def log_det(self) -> float:
         """log |det dx/du|: added to log p(x), it gives the log-density in the user's units."""
         if self.scale is not None:

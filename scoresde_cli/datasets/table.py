@@ -14,6 +14,7 @@ from scoresde_cli.rng import generator, uniform
 
 MANY_CLASSES = 1000
 SEPARATORS = ",;\t|"
+FARTHEST = 1e9  # in model coordinates: squares of it, and their sums, are far from the end of float32
 
 
 class Table(Dataset):
@@ -62,7 +63,9 @@ class Table(Dataset):
             u = u + (noise * resolution).reshape(u.shape)
         self.units = fit_units(u[rows["train"]], scaling, names, resolution, origin)
         check_splits(rows, path)
-        x = self.units.to_model(u).float()
+        x = self.units.to_model(u)
+        check_range(x, u, names, path, scaling)
+        x = x.float()
         self.splits = {name: x[index] for name, index in rows.items()}
         if words is not None:
             self.classes, codes = classes_of(words[keep.numpy()], path, str(labels))
@@ -215,6 +218,30 @@ def handle_missing(
     return ~rows, count
 
 
+def check_range(x: torch.Tensor, u: torch.Tensor, names: list[str] | None, path: str, scaling: str) -> None:
+    """Refuse values that float32 cannot hold beside the others, such as an error code of 1e30.
+
+    Args:
+        x, u: all rows (n, *D), in model coordinates and in the user's units.
+    """
+    x, u = x.flatten(1), u.flatten(1)
+    for i, far in enumerate(x.abs().amax(0).tolist()):
+        one = far > 0.4 * len(x) ** 0.5  # so far only where a few values are most of the variance
+        if far > FARTHEST or (one and 2 * len(x[:, i].float().unique()) < len(u[:, i].unique())):
+            gaps = (u - u.median(0).values).abs()
+            row = int((x[:, i] - x[:, i].median()).abs().argmax())
+            column = int((gaps[row] / gaps.mean(0)).argmax())
+            where = f"column {names[column]!r}" if names is not None else f"element {column}"
+            far_from = (
+                "zero for numbers of 32 bits; take data.scaling=standardise, or"
+                if scaling == "none"
+                else ("its other values for numbers of 32 bits;")
+            )
+            raise Unreadable(
+                f"data.path={path}: {where} holds {float(u[row, column]):.6g}, too far from {far_from} leave out that row or column"
+            )
+
+
 def classes_of(words: np.ndarray, path: str, column: str) -> tuple[list[str], torch.Tensor]:
     """(names of the classes in order, the number of each row's class (n,))."""
     values, codes = np.unique(words, return_inverse=True)
@@ -250,7 +277,7 @@ def fit_units(
     if scaling == "none":
         plain = Units.identity(shape)
         return Units(shape, plain.shift, plain.scale, resolution=resolution, origin=origin)
-    constant = (std <= 1e-12 * (1 + mean.abs())).nonzero().flatten().tolist()
+    constant = (std <= 1e-12 * flat.abs().amax(0)).nonzero().flatten().tolist()
     if constant and (names is not None or scaling == "whiten"):
         listed = ", ".join(repr(names[i]) if names else str(i) for i in constant[:5])
         raise Unreadable(f"data.path: constant in the training rows: {listed}; leave it out with data.columns=[...]")

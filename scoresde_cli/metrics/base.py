@@ -13,6 +13,7 @@ Two samples of equal size m in model coordinates, x drawn by the model and y hel
 A metric is one class in one file: `measure` gives its numbers, `quantities` says what they are.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,15 +29,18 @@ from scoresde_cli.rng import generator
 
 PAIRS = 20
 RESAMPLES = 50
+FRACTION = (0.0, 1.0)  # the limits of a share
+UNBIASED = (-math.inf, math.inf)  # those of an estimate that may be negative
 Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a number is: its unit, and whether less or more of it is better."""
+    """What a number is: its unit, whether less or more of it is better, and between what it lies."""
 
     unit: str
     better: Literal["lower", "higher"] = "lower"
+    limits: tuple[float, float] = (0.0, math.inf)
 
 
 class Metric(ABC):
@@ -96,10 +100,13 @@ def halves(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield tuple(z[torch.randperm(len(z), generator=source)[: len(z) // 2]] for z in (x, y))  # type: ignore[misc]
 
 
-def interval(value: float, copies: Sequence[float]) -> list[float]:
-    """The 95 percent interval: the copies' spread about their mean, put about the value (quantiles by expected rank)."""
+def interval(value: float, copies: Sequence[float], limits: tuple[float, float] = UNBIASED) -> list[float]:
+    """The 95 percent interval: the copies' spread about their mean, put about the value (quantiles by expected rank).
+
+    It is cut at the limits of what the number can be, which takes nothing from its coverage.
+    """
     shifted = np.asarray(copies) - np.mean(copies) + value
-    return [float(q) for q in np.quantile(shifted, [0.025, 0.975], method="weibull")]
+    return [float(q) for q in np.clip(np.quantile(shifted, [0.025, 0.975], method="weibull"), *limits)]
 
 
 def chance(values: Sequence[float], better: str) -> tuple[float, float]:
@@ -140,8 +147,8 @@ def compare(
             quantity = metric.quantities[name]
             floor, floor_high = chance([numbers[name] for numbers in fresh], quantity.better)
             found[name] = {
-                "value": value, "ci": interval(value, [copy[name] for copy in copies]), "floor": floor,
-                "floor_high": floor_high, "unit": quantity.unit,
+                "value": value, "ci": interval(value, [copy[name] for copy in copies], quantity.limits),
+                "floor": floor, "floor_high": floor_high, "unit": quantity.unit,
                 "protocol": {"n": m, "better": quantity.better, "floor_pairs": PAIRS, "interval": metric.interval}
                 | metric.protocol(),
             }  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoresde_cli.datasets.base import Dataset
-from scoresde_cli.metrics.base import Metric, Numbers, Quantity, halves
+from scoresde_cli.metrics.base import FRACTION, Metric, Numbers, Quantity, halves
 
 FOLDS = 3
 LANDMARKS, NEIGHBOURS, TREES, QUANTILES = 200, 30, 40, 200
@@ -70,7 +70,7 @@ class C2ST(Metric):
         classifier: an unfitted one of scikit-learn's with a seed of its own, or None for the judges' vote.
     """
 
-    quantities = {"c2st": Quantity("accuracy")}
+    quantities = {"c2st": Quantity("accuracy", limits=FRACTION)}
     interval = "halves of both samples, refitted"
 
     def __init__(self, data: Dataset, classifier: Any = None) -> None:

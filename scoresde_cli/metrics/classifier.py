@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde_cli.datasets.base import Dataset
-from scoresde_cli.metrics.base import Metric, Numbers, Quantity, bootstrap, interval
+from scoresde_cli.metrics.base import FRACTION, Metric, Numbers, Quantity, bootstrap, interval
 from scoresde_cli.rng import generator
 
 COMPONENTS, NEIGHBOURS, FIT_ROWS = 50, 5, 20_000
@@ -27,8 +27,9 @@ class Classifier(Metric):
     """Agreement and balance of the classes that are seen in samples."""
 
     quantities = {
-        "classifier_agreement": Quantity("share", "higher"), "class_balance": Quantity("total variation"),
-    }  # fmt: skip
+        "classifier_agreement": Quantity("share", "higher", FRACTION),
+        "class_balance": Quantity("total variation", limits=FRACTION),
+    }
     rows = 10_000
 
     def __init__(self, data: Dataset) -> None:
@@ -87,9 +88,14 @@ class Classifier(Metric):
             "fitted_to": f"{rows} training images",
         }
 
-    def label_accuracy(self, samples: Tensor, asked: Tensor, seed: int) -> dict[str, Any]:
-        """The entry of the share of samples (m, *D) seen as the classes (m,) that they were drawn for."""
-        right = (self.seen(samples)[:, 0] == asked).double()
+    def label_accuracy(self, samples: Tensor, seed: int) -> dict[str, Any]:
+        """The entry of the share of samples (classes, k, *D), drawn for each class, that are seen as it.
+
+        The i-th sample of every class starts from the same noise, so these are drawn again together for the interval.
+        """
+        classes, k = samples.shape[:2]
+        seen = self.seen(samples.flatten(0, 1))[:, 0].reshape(classes, k)
+        right = (seen == torch.arange(classes)[:, None]).double()
         assert self.data.known is not None
         real = (self.seen(self.data.splits["test"])[:, 0] == self.data.known[0]["test"]).double()
 
@@ -97,13 +103,12 @@ class Classifier(Metric):
             rows = torch.randint(len(values), (len(values),), generator=generator(seed, "bootstrap", i))
             return float(values[rows].mean())
 
-        value, chance = float(right.mean()), float(real.mean())
-        by_class = [float(right[asked == k].mean()) for k in range(len(self.names))]
+        value, chance, of_noise = float(right.mean()), float(real.mean()), right.mean(0)
         return {
-            "value": value, "ci": interval(value, [mean_of(right, i) for i in range(200)]), "floor": chance,
+            "value": value, "ci": interval(value, [mean_of(of_noise, i) for i in range(200)], FRACTION), "floor": chance,
             "floor_high": float(np.quantile([mean_of(real, i) for i in range(200)], 0.05)), "unit": "share",
-            "protocol": {"n": len(right), "better": "higher", "floor": "accuracy on the test split", **self.protocol()},
-            "detail": {"classes": self.names, "samples": by_class},
+            "protocol": {"n": right.numel(), "better": "higher", "floor": "accuracy on the test split", **self.protocol()},
+            "detail": {"classes": self.names, "samples": right.mean(1).tolist()},
         }  # fmt: skip
 
 

@@ -71,7 +71,7 @@ class Columns(Flat):
 
     quantities = {
         "column_wasserstein": Quantity("sd of the column"),
-        "correlation_error": Quantity("correlation"),
+        "correlation_error": Quantity("correlation", limits=(0.0, 2.0)),
     }
 
     def measure(self, x: Tensor, y: Tensor) -> Numbers:

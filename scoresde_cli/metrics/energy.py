@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from scoresde_cli.metrics.base import RESAMPLES, Metric, Numbers, Quantity
+from scoresde_cli.metrics.base import RESAMPLES, UNBIASED, Metric, Numbers, Quantity
 from scoresde_cli.rng import generator
 
 
@@ -19,7 +19,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 class EnergyDistance(Metric):
     """The distance of at most 2000 rows."""
 
-    quantities = {"energy_distance": Quantity("model units")}
+    quantities = {"energy_distance": Quantity("model units", limits=UNBIASED)}
 
     def measure(self, x: Tensor, y: Tensor) -> Numbers:
         return {"energy_distance": energy_distance(x.flatten(1), y.flatten(1))}

@@ -20,7 +20,7 @@ from torch.nn import Module
 
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.errors import ScoreSDEError, one_line
-from scoresde_cli.metrics.base import Metric, Numbers, Quantity, bootstrap
+from scoresde_cli.metrics.base import UNBIASED, Metric, Numbers, Quantity, bootstrap
 from scoresde_cli.metrics.frechet import frechet
 
 MISSING = "FID and KID need torchmetrics and torch-fidelity: pip install 'scoresde[images]'"
@@ -134,7 +134,7 @@ class FID(OfFeatures):
 class KID(OfFeatures):
     """The kernel distance."""
 
-    quantities = {"kid": Quantity("kernel units")}
+    quantities = {"kid": Quantity("kernel units", limits=UNBIASED)}
 
     def distance(self, f: Tensor, g: Tensor) -> Numbers:
         return {"kid": float(torchmetrics_image("kid").poly_mmd(g, f))}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scoresde_cli.datasets.base import Dataset
-from scoresde_cli.metrics.base import Metric, Numbers, Quantity, bootstrap
+from scoresde_cli.metrics.base import UNBIASED, Metric, Numbers, Quantity, bootstrap
 
 WIDTHS = 5
 MEDIAN_ROWS = 1000
@@ -42,7 +42,7 @@ def squared_mmd(x: Tensor, y: Tensor, width: float) -> float:
 class MMD(Metric):
     """The discrepancy of at most 2000 rows."""
 
-    quantities = {"mmd2": Quantity("kernel units")}
+    quantities = {"mmd2": Quantity("kernel units", limits=UNBIASED)}
 
     def __init__(self, data: Dataset) -> None:
         super().__init__(data)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scoresde_cli.datasets.base import Dataset
 from scoresde_cli.datasets.oracle import Mixture
-from scoresde_cli.metrics.base import Metric, Numbers, Quantity, bootstrap
+from scoresde_cli.metrics.base import FRACTION, Metric, Numbers, Quantity, bootstrap
 
 NUMBERS_AT_ONCE = 10_000_000
 
@@ -35,7 +35,7 @@ def responsibilities(law: Mixture, x: Tensor) -> Tensor:
 class ModeWeights(Metric):
     """The error over all rows; it needs no data to compare with, but has the data's own floor."""
 
-    quantities = {"mode_weight_error": Quantity("total variation")}
+    quantities = {"mode_weight_error": Quantity("total variation", limits=FRACTION)}
     rows = 100_000
     interval = "bootstrap of the samples"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde_cli.metrics.base import Metric, Numbers, Quantity, halves
+from scoresde_cli.metrics.base import FRACTION, Metric, Numbers, Quantity, halves
 
 K = 5
 NARROW = 64  # coordinates
@@ -51,8 +51,8 @@ class PRDC(Metric):
     """The four numbers of at most 2000 rows."""
 
     quantities = {
-        "precision": Quantity("fraction", "higher"), "recall": Quantity("fraction", "higher"),
-        "density": Quantity("ratio to data", "higher"), "coverage": Quantity("fraction", "higher"),
+        "precision": Quantity("fraction", "higher", FRACTION), "recall": Quantity("fraction", "higher", FRACTION),
+        "density": Quantity("ratio to data", "higher"), "coverage": Quantity("fraction", "higher", FRACTION),
     }  # fmt: skip
     interval = "halves of both samples"
 

@@ -316,7 +316,8 @@ def sentence(found: Measured) -> str:
     c, metric = found.comparison, found.metric
     by_label = {each.label: each for each in found.rows}
     if c is None and len(found.rows) == 1 and found.rows[0].estimate is not None:
-        return f"{metric} {with_interval(found.rows[0].estimate)} over {len(found.rows[0].values)} seeds"
+        seeds = len(found.rows[0].values)
+        return f"{metric} {with_interval(found.rows[0].estimate)} over {seeds} seed{'s' * (seeds > 1)}"
     if c is None:
         return f"{metric}: nothing to compare, fewer than two settings finished with the same seeds"
     if c.n == 1:

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from scoresde_cli import divergence
@@ -35,7 +34,7 @@ from scoresde_cli.networks.model import ScoreModel, Zero
 from scoresde_cli.projections import Projection
 from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import Noised
-from scoresde_cli.studies.statistics import LEVEL, Estimate, student
+from scoresde_cli.studies.statistics import Estimate, of_logs, student
 from scoresde_cli.training import loop
 from scoresde_cli.training.loop import Plan
 from scoresde_cli.training.variance import Batch
@@ -143,9 +142,8 @@ def agreement(within: Tensor, predicted: Tensor, relative: float, square: float)
         agree = max(expected, measured) <= ROUNDING * square
         return {"predicted": expected, "ratio": None, "z": 0.0 if agree else math.inf}
     se = math.sqrt(relative * float(predicted.square().sum())) / (n * expected)
-    ratio, half = measured / expected, float(stats.t.isf((1.0 - LEVEL) / 2, n - 1)) * se
-    interval = Estimate(ratio, ratio * se, ratio * math.exp(-half), ratio * math.exp(half), n)
-    return {"predicted": expected, "ratio": asdict(interval), "z": math.log(ratio) / se}
+    ratio = measured / expected
+    return {"predicted": expected, "ratio": asdict(of_logs(ratio, se, n)), "z": math.log(ratio) / se}
 
 
 @torch.no_grad()

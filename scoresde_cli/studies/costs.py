@@ -18,7 +18,7 @@ from scipy import stats
 
 from scoresde_cli.studies.closed_forms import Setting
 from scoresde_cli.studies.gradients import Gradients, ratio
-from scoresde_cli.studies.statistics import LEVEL, Estimate
+from scoresde_cli.studies.statistics import LEVEL, Estimate, of_logs
 from scoresde_cli.training import variance
 from scoresde_cli.training.loop import Plan
 
@@ -134,5 +134,4 @@ class Work:
         if not (c.value > 0.0 and r.value > 0.0):
             return None
         value, se = math.sqrt(r.value / c.value), 0.5 * math.hypot(r.se / r.value, c.se / c.value)
-        half = float(stats.t.isf((1.0 - LEVEL) / 2, r.n - 1)) * se
-        return Estimate(value, value * se, value * math.exp(-half), value * math.exp(half), r.n)
+        return of_logs(value, se, r.n)

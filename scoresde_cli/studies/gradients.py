@@ -21,7 +21,7 @@ from scoresde_cli.losses.ssm import EXACT_UP_TO, SSM
 from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.studies.closed_forms import Setting, exact_loss
-from scoresde_cli.studies.statistics import LEVEL, Estimate
+from scoresde_cli.studies.statistics import Estimate, of_logs
 from scoresde_cli.training import variance
 from scoresde_cli.training.loop import Plan
 from scoresde_cli.training.variance import Batch
@@ -101,8 +101,7 @@ def ratio(a: Tensor, b: Tensor, scale: float = 1.0, noise: float = 0.0, comparis
         ends = (0.0, 0.0) if value == 0.0 else (math.nan, math.nan)
         return Estimate(value, math.nan, *ends, n)
     se = math.sqrt(float((a / a.mean() - b / b.mean()).var()) / n + noise)
-    half = float(stats.t.isf((1.0 - LEVEL) / 2 / comparisons, n - 1)) * se
-    return Estimate(value, value * se, value * math.exp(-half), value * math.exp(half), n)
+    return of_logs(value, se, n, comparisons)
 
 
 def z_of(values: Tensor) -> float:

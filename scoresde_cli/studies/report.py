@@ -24,7 +24,8 @@ HOW_TO_READ = {
     "to the best": "A ratio of geometric means, or a difference of means where the number has no natural zero or is not always "
     "positive. The settings ran with the same seeds, so what a seed does to all alike drops out; the interval holds for all "
     "pairs of settings at once, in 95 percent of cases (Tukey's studentized range on the residuals of the complete block "
-    "design, or on the pair's own where they vary more).",
+    "design, or on the pair's own where they vary more). Two or three seeds say little of how much a setting varies: where one "
+    "varies far more than the others, that is 90 percent.",
     "not told apart": "The simultaneous interval holds 1 (of a ratio) or 0 (of a difference): these seeds do not show a "
     "difference. That is no proof that there is none. Whether the intervals of two means overlap says less, as it ignores pairing.",
     "SE": "Standard error of the mean over seeds.",

@@ -72,7 +72,7 @@ class Training(Tracker):
         relative = row["loss"] - self.baseline
         self.smooth = relative if self.smooth is None else 0.8 * self.smooth + 0.2 * relative
         rate = (step - self.first) / (now - self.began)
-        text = f"loss - baseline {self.smooth:+.4f}  {rate:.0f} steps/s"
+        text = f"loss - baseline {self.smooth:+.4f}  {rate:.{0 if rate >= 9.5 else 2 if rate < 1 else 1}f} steps/s"
         if self.live:
             total = self.steps
             if self.max_seconds is not None:
