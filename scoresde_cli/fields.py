@@ -142,7 +142,7 @@ class GivenPosition(FieldModel):
 
     Args:
         model: a field model of states (x, v).
-        position: x (B, *D).
+        position: x (B, *D); of several batches of v one after the other, that of each.
     """
 
     provides = frozenset({"score"})
@@ -152,18 +152,21 @@ class GivenPosition(FieldModel):
         self.model, self.sde, self.position = model, model.sde, position
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
-        return split(self.model.score(join(self.position, x), t))[1]
+        return split(self.model.score(self._states(x), t))[1]
+
+    def _states(self, v: Tensor) -> Tensor:
+        batches = len(v) // len(self.position)
+        return join(self.position if batches == 1 else torch.cat([self.position] * batches), v)
 
     def _directions(self, v: Tensor) -> Tensor:
         return torch.cat([torch.zeros_like(v), v], dim=2)
 
     def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(score (B, *D), J v (K, m, *D)) for directions v (K, m, *D) of the first m <= B samples."""
-        score, jvp = divergence.dual(self.model, join(self.position, x), t, self._directions(v))
+        score, jvp = divergence.dual(self.model, self._states(x), t, self._directions(v))
         return split(score)[1], jvp.chunk(2, dim=2)[1]
 
     def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
         """(score (B, *D), v_k^T J v_k (K, m))."""
-        z = join(self.position, x)
-        score, products = divergence.score_and_projections(self.model, z, t, self._directions(v), exact)
+        score, products = divergence.score_and_projections(self.model, self._states(x), t, self._directions(v), exact)
         return split(score)[1], products

@@ -10,6 +10,7 @@ usage: .venv/bin/python scripts/experiments/kinetic.py DIR [--steps 4000] [--see
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from scoresde_cli.datasets.mixtures import EightGaussians
 from scoresde_cli.metrics.sliced_wasserstein import sliced_wasserstein
 from scoresde_cli.rng import generator
 from scoresde_cli.runs import load_run
+from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.samplers.dpm_solver_pp import DPMSolverPP
 from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
 from scoresde_cli.samplers.heun_ode import HeunODE
@@ -29,10 +31,16 @@ from scoresde_cli.samplers.reverse_diffusion import ReverseDiffusion
 from scoresde_cli.samplers.sscs import SSCS
 
 EVALUATIONS = (10, 20, 50, 100, 200, 500)
-SAMPLERS = {  # process: sampler and its evaluations a step
-    "kinetic": [(SSCS, 1), (EulerMaruyama, 1), (HeunODE, 2)],
-    "vp": [(ReverseDiffusion, 1), (EulerMaruyama, 1), (HeunODE, 2), (DPMSolverPP, 1)],
-}
+SAMPLERS: dict[str, dict[str, tuple[Callable[..., Sampler], int]]] = {  # of each process: how it is made, evaluations a step
+    "kinetic": {
+        "SSCS": (lambda **k: SSCS(exponential=False, **k), 1), "SSCS, exponential": (SSCS, 1),
+        "EulerMaruyama": (EulerMaruyama, 1), "HeunODE": (HeunODE, 2),
+    },
+    "vp": {
+        "EulerMaruyama": (EulerMaruyama, 1), "ReverseDiffusion": (ReverseDiffusion, 1), "HeunODE": (HeunODE, 2),
+        "DPMSolverPP": (DPMSolverPP, 1),
+    },
+}  # fmt: skip
 
 
 def main() -> None:
@@ -63,9 +71,9 @@ def main() -> None:
                 found[f"{process}/score_error/0/{seed}"] = run.summary["score_error"]["value"]
                 found[f"{process}/score_error_baseline/0/{seed}"] = run.summary["score_error_baseline"]["value"]
                 model, sde, dtype = run.model, run.parts.sde, torch.float32
-            for make, each in samplers:
+            for name, (make, each) in samplers.items():
                 for nfe in EVALUATIONS:
-                    key = f"{process}/{make.__name__}/{nfe}/{seed}"
+                    key = f"{process}/{name}/{nfe}/{seed}"
                     if key not in found:
                         steps = (nfe - 1) // each  # one is for the last denoising step
                         x = make(steps=steps).sample(model, sde, data.shape, given.n, seed, dtype=dtype).x.float()
