@@ -3,8 +3,9 @@
 Trains both with loss=dsm for each seed, and draws samples with each sampler: the sliced Wasserstein distance to fresh data as a
 multiple of the floor (its mean between two fresh samples), mean and standard error over the seeds.
 
-usage: .venv/bin/python scripts/experiments/kinetic.py DIR [--steps 4000] [--seeds 5] [--n 5000] [--exact]
-       DIR keeps the runs and the numbers: it goes on where it was cut; --exact takes the exact score in place of trained ones
+usage: .venv/bin/python scripts/experiments/kinetic.py DIR [--steps 4000] [--seeds 0 1 2 3 4] [--n 5000]
+       DIR keeps the runs and the numbers: it goes on where it was cut, and seeds may be done side by side; the table holds all
+       seeds that are there
 """
 
 import argparse
@@ -17,8 +18,6 @@ import numpy as np
 import torch
 
 from scoresde_cli.cli import main as scoresde
-from scoresde_cli.compose import build
-from scoresde_cli.configs import conf_dir, load
 from scoresde_cli.datasets.mixtures import EightGaussians
 from scoresde_cli.metrics.sliced_wasserstein import sliced_wasserstein
 from scoresde_cli.rng import generator
@@ -47,40 +46,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--n", type=int, default=5000)
-    parser.add_argument("--exact", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     data = EightGaussians(n=1000)
     given.folder.mkdir(parents=True, exist_ok=True)
-    file = given.folder / f"{'exact' if given.exact else 'trained'}-{given.n}.json"
-    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
 
     def fresh(*purpose: int | str) -> torch.Tensor:
         return data.draw(given.n, generator(0, *purpose)).float()  # type: ignore[arg-type]
 
     floor = statistics.mean(sliced_wasserstein(fresh("a", i), fresh("b", i)) for i in range(20))
-    for seed in range(given.seeds):
+    for seed in given.seeds:
+        file = given.folder / f"trained-{given.n}-{seed}.json"
+        found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         for process, samplers in SAMPLERS.items():
-            if given.exact:
-                sde = build(load(conf_dir() / "sde" / f"{process}.yaml"), "sde")
-                model, dtype = data.oracle(sde), torch.float64
-            else:
-                run = trained(given, process, seed)
-                found[f"{process}/score_error/0/{seed}"] = run.summary["score_error"]["value"]
-                found[f"{process}/score_error_baseline/0/{seed}"] = run.summary["score_error_baseline"]["value"]
-                model, sde, dtype = run.model, run.parts.sde, torch.float32
+            run = trained(given, process, seed)
+            found[f"{process}/score_error/0"] = run.summary["score_error"]["value"]
+            found[f"{process}/score_error_baseline/0"] = run.summary["score_error_baseline"]["value"]
             for name, (make, each) in samplers.items():
                 for nfe in EVALUATIONS:
-                    key = f"{process}/{name}/{nfe}/{seed}"
+                    key = f"{process}/{name}/{nfe}"
                     if key not in found:
-                        steps = (nfe - 1) // each  # one is for the last denoising step
-                        x = make(steps=steps).sample(model, sde, data.shape, given.n, seed, dtype=dtype).x.float()
-                        known = x.isfinite().all()
-                        found[key] = sliced_wasserstein(x, fresh("reference", seed)) / floor if known else float("inf")
+                        sampler = make(steps=(nfe - 1) // each)  # one is for the last denoising step
+                        x = sampler.sample(run.model, run.parts.sde, data.shape, given.n, seed).x
+                        finite = x.isfinite().all()
+                        found[key] = sliced_wasserstein(x, fresh("reference", seed)) / floor if finite else float("inf")
                         file.write_text(json.dumps(found, indent=1))
-    show(found, floor)
+    show([json.loads(file.read_text()) for file in sorted(given.folder.glob(f"trained-{given.n}-*.json"))], floor)
 
 
 def trained(given: argparse.Namespace, process: str, seed: int):  # type: ignore[no-untyped-def]
@@ -93,24 +86,29 @@ def trained(given: argparse.Namespace, process: str, seed: int):  # type: ignore
     return load_run(folder)
 
 
-def show(found: dict[str, float], floor: float) -> None:
-    """The table, in Markdown."""
+def show(found: list[dict[str, float]], floor: float) -> None:
+    """The table, in Markdown; only what all seeds have."""
     rows: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for key, value in found.items():
-        process, what, nfe, _ = key.split("/")
-        rows.setdefault((process, what), {}).setdefault(int(nfe), []).append(value)
+    for key in found[0]:
+        process, what, nfe = key.split("/")
+        if all(key in each for each in found):
+            rows.setdefault((process, what), {})[int(nfe)] = [each[key] for each in found]
 
     def cell(values: list[float]) -> str:
         error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
         return f"{np.mean(values):.3g} +- {error:.1g}"
 
-    print(f"floor {floor:.4f}; distance / floor, mean and standard error over seeds\n")
+    print(f"floor {floor:.4f}; distance / floor, mean and standard error over {len(found)} seeds\n")
     print("| process, sampler | " + " | ".join(map(str, EVALUATIONS)) + " |\n| " + "--- | " * (1 + len(EVALUATIONS)))
     for (process, what), cells in rows.items():
         if 0 in cells:
             print(f"{process} {what}: {cell(cells[0])}")
         else:
-            print(f"| `{process}` {what} | " + " | ".join(cell(cells[nfe]) for nfe in EVALUATIONS) + " |")
+            print(
+                f"| `{process}` {what} | "
+                + " | ".join(cell(cells[nfe]) if nfe in cells else "" for nfe in EVALUATIONS)
+                + " |"
+            )
 
 
 if __name__ == "__main__":
