@@ -137,6 +137,7 @@ WRONG = [
     wrong("train", "sde=kinetic", "sampler.clip=true", says="acts on a velocity"),
     wrong("train", "sde=kinetic", "eval.metrics=[nll]", says="density of (x, v)"),
     wrong("train", "sde=kinetic", "sde.gamma=2", says="sde.gamma=2"),
+    wrong("train", "sde=kinetic", "sde.beta=40", says="at most 30 sqrt(mass) = 15"),
     wrong("train", "sampler=sscs", says="it is for sde=kinetic"),
     wrong("train", "sde=jump_diffusion", "loss=ssm_vr", says="table_dsm, augmented_dsm, implicit_flux"),
     wrong("train", "loss=implicit_flux", says="is for a process that jumps"),

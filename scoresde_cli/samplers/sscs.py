@@ -1,4 +1,4 @@
-"""The symmetric splitting sampler for critically damped Langevin diffusion (Dockhorn, Vahdat and Kreis, ICLR 2022, section 4.2).
+"""The symmetric splitting sampler for critically damped Langevin diffusion (Dockhorn, Vahdat and Kreis, ICLR 2022, section 3).
 
 In reversed time tau the reversal is the sum of two parts,
 

@@ -18,7 +18,7 @@ is all there is to learn: noise acts on v alone, and so the reversal needs no ot
 score of p(v_t | x_t), where the velocity's noise is L_vv.
 
 Source: Dockhorn, Vahdat and Kreis, "Score-Based Generative Modeling with Critically-Damped Langevin Diffusion", ICLR 2022,
-eqs. 5 to 9 and appendix B.1.
+section 3 and appendix B. That a state tells of x_0 what one noised copy tells is shown in networks/phase_model.py.
 """
 
 from typing import Annotated, NamedTuple
@@ -27,10 +27,14 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import normal
 from scoresde_cli.sdes.base import SDE, GaussianKernel, Noised
 from scoresde_cli.sdes.operators import expand
 from scoresde_cli.sdes.phase import Blocks, join, split
+
+
+MOST = 30.0  # of the clock at t = 1
 
 
 class Told(NamedTuple):
@@ -97,6 +101,11 @@ class Kinetic(SDE):
     ) -> None:
         self.beta, self.mass, self.gamma = beta, mass, gamma
         self.root, self.friction = mass**0.5, 2.0 * mass**0.5
+        if beta > MOST * self.root:
+            raise ScoreSDEError(
+                f"sde.beta={beta}: expected at most {MOST:g} sqrt(mass) = {MOST * self.root:.3g}; the data is forgotten like "
+                "exp(-beta t / sqrt(mass)), and single precision knows nothing of it beyond"
+            )
 
     def state(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (2 * shape[0], *shape[1:])
