@@ -7,7 +7,7 @@ Where noise is correlated, with a covariance C of x_t given x_0, the loss is S^T
 C = L L^T: the same losses in coordinates in which C = sigma(t)^2 I, so a loss never sees any but isotropic noise.
 
 Where noise acts on a velocity v beside the data's x (SDE.phase), the loss is that of the score in v at x_t held fixed, S_v and
-d S_v / d v, and DSM's target that of the law of (x_t, v_t) given x_0: hybrid score matching (Dockhorn, Vahdat and Kreis, ICLR 2022).
+d S_v / d v, and DSM's target that of the law of (x_t, v_t) given x_0: hybrid score matching (Dockhorn et al., ICLR 2022).
 """
 
 import math

@@ -33,7 +33,6 @@ from scoresde_cli.sdes.base import SDE, GaussianKernel, Noised
 from scoresde_cli.sdes.operators import expand
 from scoresde_cli.sdes.phase import Blocks, join, split
 
-
 MOST = 30.0  # of the clock at t = 1
 
 
