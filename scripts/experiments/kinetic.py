@@ -9,9 +9,9 @@ usage: .venv/bin/python scripts/experiments/kinetic.py DIR [--steps 4000] [--see
 """
 
 import argparse
+import itertools
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +26,13 @@ from scoresde_cli.samplers.base import Sampler
 from scoresde_cli.samplers.dpm_solver_pp import DPMSolverPP
 from scoresde_cli.samplers.euler_maruyama import EulerMaruyama
 from scoresde_cli.samplers.heun_ode import HeunODE
-from scoresde_cli.samplers.reverse_diffusion import ReverseDiffusion
 from scoresde_cli.samplers.sscs import SSCS
 
 EVALUATIONS = (10, 20, 50, 100, 200, 500)
-SAMPLERS: dict[str, dict[str, tuple[Callable[..., Sampler], int]]] = {  # of each process: how it is made, evaluations a step
-    "kinetic": {
-        "SSCS": (lambda **k: SSCS(exponential=False, **k), 1), "SSCS, exponential": (SSCS, 1),
-        "EulerMaruyama": (EulerMaruyama, 1), "HeunODE": (HeunODE, 2),
-    },
-    "vp": {
-        "EulerMaruyama": (EulerMaruyama, 1), "ReverseDiffusion": (ReverseDiffusion, 1), "HeunODE": (HeunODE, 2),
-        "DPMSolverPP": (DPMSolverPP, 1),
-    },
-}  # fmt: skip
+SAMPLERS: dict[str, dict[type[Sampler], int]] = {  # of each process, with their evaluations a step
+    "kinetic": {SSCS: 1, EulerMaruyama: 1, HeunODE: 2},
+    "vp": {EulerMaruyama: 1, HeunODE: 2, DPMSolverPP: 1},
+}
 
 
 def main() -> None:
@@ -60,19 +53,19 @@ def main() -> None:
     for seed in given.seeds:
         file = given.folder / f"trained-{given.n}-{seed}.json"
         found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-        for process, samplers in SAMPLERS.items():
-            run = trained(given, process, seed)
-            found[f"{process}/score_error/0"] = run.summary["score_error"]["value"]
-            found[f"{process}/score_error_baseline/0"] = run.summary["score_error_baseline"]["value"]
-            for name, (make, each) in samplers.items():
-                for nfe in EVALUATIONS:
-                    key = f"{process}/{name}/{nfe}"
-                    if key not in found:
-                        sampler = make(steps=(nfe - 1) // each)  # one is for the last denoising step
-                        x = sampler.sample(run.model, run.parts.sde, data.shape, given.n, seed).x
-                        finite = x.isfinite().all()
-                        found[key] = sliced_wasserstein(x, fresh("reference", seed)) / floor if finite else float("inf")
-                        file.write_text(json.dumps(found, indent=1))
+        runs = {process: trained(given, process, seed) for process in SAMPLERS}
+        for process, run in runs.items():
+            for number in ("score_error", "score_error_baseline"):
+                found[f"{process}/{number}/0"] = run.summary[number]["value"]
+        for nfe, (process, samplers) in itertools.product(EVALUATIONS, SAMPLERS.items()):
+            for make, each in samplers.items():
+                key = f"{process}/{make.__name__}/{nfe}"
+                if key not in found:
+                    run, sampler = runs[process], make(steps=(nfe - 1) // each)  # one is for the last denoising step
+                    x = sampler.sample(run.model, run.parts.sde, data.shape, given.n, seed).x
+                    finite = x.isfinite().all()
+                    found[key] = sliced_wasserstein(x, fresh("reference", seed)) / floor if finite else float("inf")
+                    file.write_text(json.dumps(found, indent=1))
     show([json.loads(file.read_text()) for file in sorted(given.folder.glob(f"trained-{given.n}-*.json"))], floor)
 
 
