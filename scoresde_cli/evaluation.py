@@ -87,6 +87,8 @@ def unfit(name: str, data: Dataset, model: FieldModel | None = None) -> str | No
         return f"it needs a closed-form kernel, which {type(model.sde).__name__} has not"
     if model is not None and name == "nll" and model.sde.still:
         return "nothing flows, so there is no way from the data to a known density"
+    if model is not None and name == "nll" and model.sde.phase:
+        return "the flow carries the density of (x, v), and that of x alone is an integral over v, which nobody knows"
     if name in OF_SAMPLES:
         return OF_SAMPLES[name].unfit(data)
     field = FIELDS.get(name)

@@ -20,6 +20,7 @@ from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.sdes.operators import LinearOperator, expand
+from scoresde_cli.sdes.phase import join, split
 
 
 class FieldModel(ABC):
@@ -85,7 +86,7 @@ class FieldModel(ABC):
         kernel = self.sde.kernel()
         if kernel is None:
             return x - expand(t, x) * self.sde.reverse_drift(x, t, s)
-        return kernel.origin(x + kernel.factor(t).cov(s), t)
+        return kernel.denoised(x, t, s)
 
     def _kernel(self):  # type: ignore[no-untyped-def]
         kernel = self.sde.kernel()
@@ -131,3 +132,41 @@ class Within(FieldModel):
         w = torch.stack([Q.mul(each) for each in v])
         score, products = divergence.score_and_projections(self.model, Q.mul(x), t, w)
         return Q.mul_t(score), products
+
+
+class GivenPosition(FieldModel):
+    """The score in v at fixed positions: grad_v log p_t(x, v) = grad_v log p_t(v | x), as a field of v (B, *D).
+
+    For each x it is the score of a law of v, so every loss of a score is one of it: E|s_v|^2 + 2 tr (d s_v / d v) among them, by
+    integration by parts in v.
+
+    Args:
+        model: a field model of states (x, v).
+        position: x (B, *D); of several batches of v one after the other, that of each.
+    """
+
+    provides = frozenset({"score"})
+    partial = True
+
+    def __init__(self, model: FieldModel, position: Tensor) -> None:
+        self.model, self.sde, self.position = model, model.sde, position
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        return split(self.model.score(self._states(x), t))[1]
+
+    def _states(self, v: Tensor) -> Tensor:
+        batches = len(v) // len(self.position)
+        return join(self.position if batches == 1 else torch.cat([self.position] * batches), v)
+
+    def _directions(self, v: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(v), v], dim=2)
+
+    def forward_dual(self, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(score (B, *D), J v (K, m, *D)) for directions v (K, m, *D) of the first m <= B samples."""
+        score, jvp = divergence.dual(self.model, self._states(x), t, self._directions(v))
+        return split(score)[1], jvp.chunk(2, dim=2)[1]
+
+    def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """(score (B, *D), v_k^T J v_k (K, m))."""
+        score, products = divergence.score_and_projections(self.model, self._states(x), t, self._directions(v), exact)
+        return split(score)[1], products

@@ -78,6 +78,11 @@ def log_prob(
     Under jumps it needs a model that has the velocity. The directions of row i depend on the seed and i alone.
     """
     flow = flow or Flow()
+    if sde.phase:
+        raise ScoreSDEError(
+            f"log p(x) under {type(sde).__name__}: the flow carries the density of (x, v), and that of x alone is an integral over "
+            "v, which nobody knows; sde=vp has it"
+        )
     if sde.jumps is not None and not model.own_flow:
         raise ScoreSDEError(
             f"log p needs the velocity of the flow, which under jumps is not the score's alone; the model has "

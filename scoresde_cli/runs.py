@@ -64,6 +64,10 @@ class Run:
             raise ScoreSDEError(
                 f"{self.path}: the run has learnt no score, but {', '.join(sorted(self.model.provides))}"
             )
+        if sde.phase:
+            raise ScoreSDEError(
+                f"{self.path}: under {type(sde).__name__} the score is that of (x, v) in the velocity v, and x alone has none"
+            )
         if not self.parts.settings.t_min <= t <= sde.T:
             raise ScoreSDEError(f"t={t}: expected a time in [{self.parts.settings.t_min}, {sde.T}]")
         z = self._model_coordinates(x)

@@ -89,7 +89,7 @@ def work(parts: Parts) -> float:
     """Floating-point operations of the network for one sample: two for each weight, more where one serves many pixels."""
     if not getattr(parts.model.network, "spatial", False):
         return 2.0 * sum(p.numel() for p in parts.model.parameters())
-    x = parts.data.splits["train"][:1].to(device=parts.device, dtype=parts.dtype)
+    x = torch.zeros(1, *parts.sde.state(parts.data.shape), device=parts.device, dtype=parts.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         parts.model.score(x, torch.full((1,), 0.5 * parts.sde.T, device=x.device, dtype=x.dtype))
     return float(counted.get_total_flops())
@@ -165,6 +165,7 @@ def pick_chunk(parts: Parts) -> int | None:
     if not parts.loss.second_order or count == 0:
         return None
     x = batch(parts)
+    x = x.new_zeros(len(x), *parts.sde.state(parts.data.shape))
     t = torch.full((len(x),), 0.5 * parts.sde.T, device=x.device, dtype=x.dtype)
     one, two = (bytes_of(parts.field, x, t, directions) for directions in (1, 2))
     budget = min(MOST_BYTES, available_memory(parts.device) // 4)

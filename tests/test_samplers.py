@@ -26,8 +26,10 @@ from scoresde_cli.samplers.langevin import Langevin
 from scoresde_cli.samplers.predictor_corrector import PREDICTORS, PredictorCorrector
 from scoresde_cli.samplers.reverse_diffusion import ReverseDiffusion
 from scoresde_cli.samplers.scale_path import ScalePath
+from scoresde_cli.samplers.sscs import SSCS
 from scoresde_cli.samplers.steering import Clipped, Known, Tempered
 from scoresde_cli.samplers.true_reversal import TrueReversal
+from scoresde_cli.sdes.kinetic import Kinetic
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
 from tests.laws import correlated_gaussian, name, three_modes
@@ -47,8 +49,13 @@ SAMPLERS = {
     Langevin: ({}, 1),
     TrueReversal: ({"steps": 1500}, 1),
     ScalePath: ({"steps": 300}, 2),
+    SSCS: ({"steps": 300}, 1),
 }
-ANNEALED = [s for s in SAMPLERS if s is not Langevin]
+ANNEALED = [s for s in SAMPLERS if s not in (Langevin, SSCS)]  # the law of sscs: tests/test_kinetic.py
+
+
+def process_of(make):
+    return Kinetic() if make is SSCS else VP()
 
 
 def test_every_shipped_sampler_is_in_the_contract():
@@ -198,7 +205,7 @@ def test_adjusted_langevin_reaches_its_law_and_unadjusted_langevin_the_wider_one
 
 @pytest.mark.parametrize("make", SAMPLERS, ids=lambda m: m.__name__)
 def test_sample_i_does_not_depend_on_how_many_are_drawn(make):
-    sde = VP()
+    sde = process_of(make)
     oracle = Oracle(three_modes(), sde)
 
     def draw(n):
@@ -213,7 +220,7 @@ def test_sample_i_does_not_depend_on_how_many_are_drawn(make):
 
 @pytest.mark.parametrize("make", SAMPLERS, ids=lambda m: m.__name__)
 def test_the_path_that_is_watched_ends_in_the_samples(make):
-    sde, seen = VP(), []
+    sde, seen = process_of(make), []
     sampler = make(steps=4)
     x = sampler.sample(Oracle(three_modes(), sde), sde, (2,), 50, 0, watch=lambda block, t, x: seen.append((t, x))).x
     assert torch.equal(seen[-1][1][:50], x)

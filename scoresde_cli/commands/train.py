@@ -360,6 +360,6 @@ def draw(
     if "threshold" in found.summary:
         paths.append(figures.mixing([found.summary["threshold"]], title, folder / "mixing.png"))
     seen = {"score", "log_density" if parts.sde.still else "velocity"} <= model.provides
-    if tuple(parts.data.shape) == (2,) and seen:
+    if tuple(parts.data.shape) == (2,) and seen and not parts.sde.phase:
         paths.append(figures.field(model, parts.data, parts.settings.t_min, title, folder / "field.png"))
     return paths

@@ -59,7 +59,7 @@ class Oracle(FieldModel):
 
     Component k of p_t is N(M mu_k, M K_k M^T + L L^T), so both are closed forms; with M = alpha I and L = sigma I its covariance is
     U_k (alpha^2 diag(lam_k) + sigma^2) U_k^T at all times. Where a process has white coordinates, x = W z, the law is taken there:
-    log p(x) = log p(z) - log |det W|, score(x) = W^{-T} score(z).
+    log p(x) = log p(z) - log |det W|, score(x) = W^{-T} score(z). Where the state is more than the data, M is not square.
     """
 
     provides = FieldModel.provides | {"log_density"}
@@ -68,6 +68,7 @@ class Oracle(FieldModel):
         kernel, self.white = CLEAN if sde.still else sde.kernel(), sde.whitening()
         assert kernel is not None
         self.law, self.sde, self.kernel = law, sde, kernel
+        self.plain = kernel.scalar and not sde.phase
         if self.white is not None:
             self.inner = Oracle(law.seen(self.white.into), self.white.sde)
 
@@ -77,14 +78,14 @@ class Oracle(FieldModel):
     def _moving(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log w_k N_k(x) (B, K), L_k^{-1} (x - M mu_k) (B, K, d) and L_k, the Cholesky factors of the covariances (B, K, d, d)."""
         (n, d), count = x.flatten(1).shape, len(self.law.weights)
-        units = torch.eye(d, dtype=torch.float64, device=x.device).repeat_interleave(n, 0)
 
-        def matrix(act: Callable[[Tensor, Tensor], Tensor], times: Tensor) -> Tensor:
-            return act(units, times).reshape(d, n, d).permute(1, 2, 0)  # act(e_j) is column j
+        def matrix(act: Callable[[Tensor, Tensor], Tensor], width: int) -> Tensor:
+            units = torch.eye(width, dtype=torch.float64, device=x.device).repeat_interleave(n, 0)
+            columns = act(units, t.double().repeat(width))  # act(e_j) is column j
+            return columns.reshape(width, n, d).permute(1, 2, 0)
 
-        every = t.double().repeat(d)
-        M = matrix(self.kernel.mean, every)
-        C = matrix(lambda v, s: self.kernel.factor(s).cov(v), every)
+        M = matrix(self.kernel.mean, self.law.means.shape[1])
+        C = matrix(lambda v, s: self.kernel.factor(s).cov(v), d)
         cov = M.unsqueeze(1) @ self.law.covariances() @ M.unsqueeze(1).mT + C.unsqueeze(1)
         L = torch.linalg.cholesky(0.5 * (cov + cov.mT))
         y = x.double().flatten(1).unsqueeze(1) - (self.law.means @ M.mT).reshape(n, count, d)
@@ -108,7 +109,7 @@ class Oracle(FieldModel):
         if self.white is not None:
             shift = self.white.factor.logdet(x[0].numel()).to(device=x.device, dtype=torch.float64)
             return self.inner.log_prob(self.white.into(x.double()), t) - shift
-        if not self.kernel.scalar:
+        if not self.plain:
             return torch.logsumexp(self._moving(x, t)[0], dim=1)
         return torch.logsumexp(self._parts(x, t)[0], dim=1)
 
@@ -119,7 +120,7 @@ class Oracle(FieldModel):
         """grad log p_t(x), shaped and typed like x, computed in float64."""
         if self.white is not None:
             return self.white.factor.solve_t(self.inner.score(self.white.into(x.double()), t)).to(x.dtype)
-        if not self.kernel.scalar:
+        if not self.plain:
             log, y, L = self._moving(x, t)
             pull = -torch.linalg.solve_triangular(L.mT, y.unsqueeze(3), upper=True).squeeze(3)
             return (torch.softmax(log, dim=1).unsqueeze(-1) * pull).sum(1).reshape(x.shape).to(x.dtype)

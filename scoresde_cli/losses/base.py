@@ -5,6 +5,9 @@ A loss maps (model, sde, x0, generator) to one number a sample, (B,). All of the
 
 Where noise is correlated, with a covariance C of x_t given x_0, the loss is S^T C S + 2 tr(C J), and DSM's |L^T S + eps|^2 with
 C = L L^T: the same losses in coordinates in which C = sigma(t)^2 I, so a loss never sees any but isotropic noise.
+
+Where noise acts on a velocity v beside the data's x (SDE.phase), the loss is that of the score in v at x_t held fixed, S_v and
+d S_v / d v, and DSM's target that of the law of (x_t, v_t) given x_0: hybrid score matching (Dockhorn et al., ICLR 2022).
 """
 
 import math
@@ -17,10 +20,11 @@ from pydantic import Field
 from torch import Tensor
 
 from scoresde_cli.errors import ScoreSDEError
-from scoresde_cli.fields import FieldModel, Within
+from scoresde_cli.fields import FieldModel, GivenPosition, Within
 from scoresde_cli.rng import uniform
 from scoresde_cli.sdes.base import SDE, Kernel, Noised
 from scoresde_cli.sdes.operators import Scalar
+from scoresde_cli.sdes.phase import Blocks, split
 
 Weighting = Literal["sigma2", "g2", "one"]
 Times = Literal["mixed", "uniform", "log_uniform"]
@@ -118,6 +122,8 @@ class Loss(ABC):
         """
         shares = noised.aux.get("weight", 1.0)
         model, sde, x0, noised = in_white(model, sde, x0, noised, t)
+        if sde.phase:
+            model, noised = given_position(model, noised)
         kernel = sde.kernel()
         if self.weighting == "sigma2" and kernel is not None and not kernel.scalar:
             model, noised = in_noise_units(model, sde, kernel, noised, t)
@@ -150,3 +156,11 @@ def in_noise_units(model: FieldModel, sde: SDE, kernel: Kernel, noised: Noised, 
     R, sigma = kernel.shape(t), kernel.sigma(t)
     mean = None if noised.mean is None else R.solve(noised.mean)
     return Within(model, sde, kernel.shape), Noised(R.solve(noised.x_t), mean, Scalar(sigma), noised.eps)
+
+
+def given_position(model: FieldModel, noised: Noised) -> tuple[GivenPosition, Noised]:
+    """Both for the velocity alone, at the position that it comes with: v_t = .. + L_vv eps_v."""
+    assert isinstance(noised.factor, Blocks)
+    assert noised.eps is not None
+    x, v = split(noised.x_t)
+    return GivenPosition(model, x), Noised(v, None, Scalar(noised.factor.vv), split(noised.eps)[1])

@@ -142,6 +142,10 @@ class DSMCV(SSM):
 
     def check(self, model: FieldModel, sde: SDE) -> None:
         super().check(model, sde)
+        if sde.phase:
+            raise ScoreSDEError(
+                f"loss=dsm_cv has no weights for {type(sde).__name__}, whose noise acts on a velocity; dsm and ssm_vr work"
+            )
         white = sde.whitening()
         kernel = (sde if white is None else white.sde).kernel()
         if kernel is not None and not kernel.scalar:

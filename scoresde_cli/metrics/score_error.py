@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from scoresde_cli import processes
-from scoresde_cli.fields import FieldModel
+from scoresde_cli.fields import FieldModel, GivenPosition
 from scoresde_cli.losses.base import draw_times
 from scoresde_cli.rng import generator
 from scoresde_cli.sdes.base import SDE
+from scoresde_cli.sdes.phase import split
 
 
 def squared_gap(
@@ -19,9 +20,12 @@ def squared_gap(
     """|L^T (s - s_exact)|^2, (n,), float64, L L^T the covariance of x_t given x_0: sigma^2 |s - s_exact|^2 for isotropic noise.
 
     On clean data (SDE.still), |s - s_exact|^2. Under jumps a field is in units of its own size given x_0,
-    |u - u_exact|^2 d / E|u given x_0|^2, u the score or the flux.
+    |u - u_exact|^2 d / E|u given x_0|^2, u the score or the flux. Of states with a velocity (SDE.phase), of the score in that.
     """
     kernel = sde.kernel()
+    if sde.phase:
+        position, x = split(x)
+        model, exact = GivenPosition(model, position), GivenPosition(exact, position)
     if name == "flux":
         gap = model.fields(x, t, {name})[name].double() - exact.fields(x.double(), t, {name})[name]
         return gap.square().flatten(1).sum(1) / sde.scales(t.double(), x[0].numel())[name].power

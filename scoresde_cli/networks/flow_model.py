@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero
 from scoresde_cli.networks.parameterisation import Coefficients, Parameterisation, Residual
+from scoresde_cli.networks.phase_model import PhaseModel
 from scoresde_cli.sdes.base import SDE, Moments
+from scoresde_cli.sdes.kinetic import Kinetic
 from scoresde_cli.sdes.operators import expand
 
 Carried = Literal["velocity", "flux"]
@@ -129,6 +131,14 @@ def model_of(
     gaussian: Gaussian,
 ) -> ScoreModel:
     """The model for a loss that trains these fields; `networks(i)` makes its i-th network."""
+    if sde.phase:
+        if trains != {"score"}:
+            raise ScoreSDEError(
+                f"the flow of {type(sde).__name__} follows from the score in the velocity, and a second network has no use; "
+                "loss=dsm, ssm_vr, ssm, ism and fd_ssm work"
+            )
+        assert isinstance(sde, Kinetic)
+        return PhaseModel(networks(0), sde, parameterisation, gaussian)
     if trains == {"score"}:
         return ScoreModel(networks(0), sde, parameterisation, gaussian)
     if trains == {"gaussian_denoiser"}:

@@ -157,6 +157,11 @@ class Sampler(ABC):
             )
         special = {"clip": self.clip, "temperature": self.temperature != 1, "known": self.known is not None}
         asked = [f"sampler.{key}" for key, there in special.items() if there]
+        if sde.phase and asked:
+            raise ScoreSDEError(
+                f"{asked[0]} is for noise that acts on the data itself, and that of {type(sde).__name__} acts on a velocity; "
+                "train with sde=vp"
+            )
         white = sde.whitening()
         kernel = (sde if white is None else white.sde).kernel()
         if white is not None and self.known is not None:
@@ -171,8 +176,8 @@ class Sampler(ABC):
             )
         if kernel is not None and not kernel.diagonal and (self.needs_kernel or not self.descends):
             raise ScoreSDEError(
-                f"sampler {name} needs coordinates that forget each by itself, which a matrix as the drift of {type(sde).__name__} "
-                "mixes; sampler=euler_maruyama, euler_ode, heun_ode and dopri5 work"
+                f"sampler {name} needs coordinates that forget each by itself, which the drift of {type(sde).__name__} mixes; "
+                f"{sde.remedy}"
             )
         if kernel is None and (self.needs_kernel or asked):
             raise ScoreSDEError(
@@ -219,6 +224,9 @@ class Sampler(ABC):
         """One block (B, *D) of the data's coordinates, from start to end; the walk is in white ones where there are such."""
 
         def out(z: Tensor) -> Tensor:
+            return seen(walk.sde.data(z))
+
+        def seen(z: Tensor) -> Tensor:
             return z if white is None else white.out(z)
 
         x, kernel = self.start(walk, shape, dtype), walk.sde.kernel()
@@ -241,9 +249,11 @@ class Sampler(ABC):
             if watch is not None:
                 watch(block, float(last), out(x))
             x, last = self.finish(walk, x, last.expand(len(x))), 0.0 * last
+        else:
+            x = walk.sde.data(x)
         if self.clip:
             x = Clipped(walk.model, white).clamp(x)
-        x = out(x)
+        x = seen(x)
         if pinned is not None:
             x = torch.where(*pinned, x)
         if watch is not None:

@@ -35,8 +35,10 @@ class ScalePath(Sampler):
 
     def check(self, model: FieldModel, sde: SDE) -> None:
         super().check(model, sde)
-        if sde.kernel() is None or (sde.jumps is not None and not (sde.jumps.joint and sde.jumps.without)):
-            raise ScoreSDEError("sampler ScalePath needs a closed-form kernel, and joint jumps if any; take heun_ode")
+        if sde.phase or sde.kernel() is None or (sde.jumps is not None and not (sde.jumps.joint and sde.jumps.without)):
+            raise ScoreSDEError(
+                "sampler ScalePath needs a closed-form kernel of the data itself, and joint jumps if any; take heun_ode"
+            )
 
     def start(self, walk: Walk, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if walk.sde.jumps is None:

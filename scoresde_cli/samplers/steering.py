@@ -91,7 +91,7 @@ class Clipped(Steered):
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         s, kernel = self.model.score(x, t), self._kernel()
         factor = kernel.factor(t)
-        x0 = kernel.origin(x + factor.cov(s), t)
+        x0 = kernel.denoised(x, t, s)
         beyond = self.clamp(x0) - x0
         return s + factor.solve_t(factor.solve(kernel.mean(beyond, t)))
 

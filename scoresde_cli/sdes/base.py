@@ -113,6 +113,10 @@ class Kernel(Levels):
         mean, factor = self.mean(x0, t), self.factor(t)
         return Noised(mean + factor.mul(eps), mean, factor, eps)
 
+    def denoised(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
+        """E[x_0 | x_t] (B, *D) from the score at x_t: that of the mean is x_t + L L^T score (Tweedie's formula)."""
+        return self.origin(x + self.factor(t).cov(score), t)
+
     @abstractmethod
     def sample(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
         """A draw of x_t for each x0 (B, *D) and t (B,)."""
@@ -188,11 +192,14 @@ class SDE(ABC):
     Attributes:
         kept: matrices that it took from files or from the data, by name: what a run remembers, and gives back as `kept`.
         still: x_t = x_0 at all times, so that there is no way back to follow.
+        phase: the state x_t is a position, which is the data, and a velocity (phase.py); noise acts on the velocity alone, and the
+            score is in it alone.
         remedy: what works where a closed-form kernel is needed and there is none.
     """
 
     T: float = 1.0
     still: bool = False
+    phase: bool = False
     remedy: str = "euler_maruyama, euler_ode and heun_ode work"
     jumps: Jumps | None = None
     kept: Mapping[str, Tensor] = {}
@@ -209,7 +216,15 @@ class SDE(ABC):
     def sample_prior(
         self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Draws from the law that generation starts from, shape (n, *D)."""
+        """Draws from the law that generation starts from, states for data of `shape` = (n, *D)."""
+
+    def state(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of x_t for data of shape D: the same, but for a process that moves more than the data."""
+        return shape
+
+    def data(self, z: Tensor) -> Tensor:
+        """The data's part (B, *D) of states."""
+        return z
 
     def kernel(self) -> Kernel | None:
         """The law of x_t given x_0, or None where it is not tractable."""
