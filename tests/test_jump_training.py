@@ -166,6 +166,15 @@ def test_every_loss_is_the_weighted_squared_error_up_to_a_constant(make, joint):
     assert abs(float(gap.mean() / (gap.std() / math.sqrt(n)))) > 3  # there is something to tell apart
 
 
+@pytest.mark.parametrize(
+    "make", [TableDSM, AugmentedDSM, JumpRatio, ScaleDSM, functools.partial(ImplicitFlux, Rademacher())]
+)
+def test_every_loss_has_its_times_and_its_convention(make):
+    loss = make(half=True, times="log_uniform", t_min=0.01)
+    assert (loss.half, loss.times, loss.t_min, loss.weighting) == (True, "log_uniform", 0.01, "one")
+    assert not make().half
+
+
 class Tilted(JumpOracle):
     """The exact fields with h, a bump, added to the log-density, and its like to the denoiser."""
 
