@@ -52,6 +52,7 @@ class PlainEnergy(nn.Module):
 
 NETWORKS = {
     "mlp": lambda s: MLP(s, 16, 3),
+    "mlp, begun sharper": lambda s: MLP(s, 16, 3, first_gain=4.0),
     "mlp, one layer": lambda s: MLP(s, 16, 1, "tanh"),
     "mlp, gelu": lambda s: MLP(s, 16, 2, "gelu"),
     "mlp, softplus": lambda s: MLP(s, 16, 2, "softplus"),

@@ -21,8 +21,8 @@ class MLP(nn.Module):
         depth: number of hidden layers.
         activation: smooth ones for implicit and sliced losses (dual.PIECEWISE_LINEAR are refused there).
         classes: labels of the data, 0 where it has none; c is then (B, 2), the noise level and the label.
-        first_gain: factor of the first layer's initial weights and biases. A network learns slow functions first (Rahaman et al., "On
-            the Spectral Bias of Neural Networks", ICML 2019); the larger it is, the sooner fields that turn sharply.
+        first_gain: factor of the first layer's initial weights and biases. A network learns slow functions first (Rahaman et al.,
+            "On the Spectral Bias of Neural Networks", ICML 2019); the larger it is, the sooner it learns fields that turn sharply.
     """
 
     partial = True

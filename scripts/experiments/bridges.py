@@ -31,7 +31,7 @@ class Mixed(FieldModel):
 
     def __init__(self, model: FieldModel, exact: FieldModel, learnt: Where) -> None:
         self.model, self.exact, self.learnt = model, exact, learnt
-        self.sde, self.provides = model.sde, frozenset({"score", "velocity", "x0"})
+        self.sde, self.provides = model.sde, exact.provides
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         return self.exact.score(x, t)
