@@ -311,7 +311,7 @@ def test_the_study_answers_from_known_fields_and_from_runs(coarse, tmp_path, cli
     code, _, err = cli("ablate", "study=jump", *grid, "tracker.mode=disabled", "hydra/launcher=basic", "dir=s")
     assert code == 0, err
     report = (tmp_path / "s/report.md").read_text()
-    assert "leaving the flux out costs" in report
+    assert "Leaving the flux out costs" in report
     assert "reverse jumps a path" in report
     assert "flux\\_error" in report or "flux_error" in report
     assert "not compared, the protocols differ" not in report  # the sampler is what is compared

@@ -1,7 +1,7 @@
 """A multilayer perceptron with the noise level among its inputs, and its explicit dual pass."""
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,15 +21,13 @@ class MLP(nn.Module):
         depth: number of hidden layers.
         activation: smooth ones for implicit and sliced losses (dual.PIECEWISE_LINEAR are refused there).
         classes: labels of the data, 0 where it has none; c is then (B, 2), the noise level and the label.
-        first_gain: factor of the first layer's initial weights and biases. A network learns slow functions first (Rahaman et al.,
-            "On the Spectral Bias of Neural Networks", ICML 2019); the larger it is, the sooner it learns fields that turn sharply.
     """
 
     partial = True
 
     def __init__(
         self, shape: tuple[int, ...], width: PositiveInt = 128, depth: PositiveInt = 3,
-        activation: dual.Activation = "silu", classes: int = 0, first_gain: PositiveFloat = 1.0,
+        activation: dual.Activation = "silu", classes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         d = int(torch.Size(shape).numel())
@@ -41,9 +39,6 @@ class MLP(nn.Module):
         self.last = nn.Linear(width, d)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        with torch.no_grad():
-            self.first.weight.mul_(first_gain)
-            self.first.bias.mul_(first_gain)
 
     def _levels(self, c: Tensor) -> tuple[Tensor, ...]:
         """E_1 e(c), then 1 + E_i e(c) of each further layer, (B, width) each, by one product."""

@@ -188,9 +188,9 @@ class JumpStudy(GridStudy):
             return float(np.min(values) if least else np.max(values)) if values else float("nan")
 
         answers = [
-            f"With exact fields all four ways back end within {worst(EXACT):.2f} of floor_high, whatever the law and the rate",
-            f"leaving the flux out costs {worst(IGNORED, True):.1f} to {worst(IGNORED):.0f} times floor_high",
-            f"a diffusion of equal variance in its place costs {worst(MATCHED, True):.1f} to {worst(MATCHED):.0f} times floor_high",
+            f"With exact fields all four ways back end within {worst(EXACT):.2f} times floor_high, whatever the law and the rate",
+            f"Leaving the flux out costs {worst(IGNORED, True):.1f} to {worst(IGNORED):.0f} times floor_high",
+            f"A diffusion of equal variance in its place costs {worst(MATCHED, True):.1f} to {worst(MATCHED):.0f} times floor_high",
         ]
         return answers, [table], notes
 
