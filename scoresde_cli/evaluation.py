@@ -94,6 +94,9 @@ def unfit(name: str, data: Dataset, model: FieldModel | None = None) -> str | No
     field = FIELDS.get(name)
     if model is not None and field is not None and field not in model.provides:
         return f"it takes the {field}, and the model has {', '.join(sorted(model.provides))}"
+    sde = None if model is None else model.sde
+    if name == "flux_error" and sde and sde.jumps and not sde.jumps.rate(torch.tensor([0.0, sde.T])).any():
+        return "nothing jumps at sde.rate=0, so there is no flux"
     if name in ("score_error", "flux_error") and type(data).oracle is Dataset.oracle:
         return "the exact score of this data is not known"
     return None

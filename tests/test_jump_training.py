@@ -142,7 +142,7 @@ def test_every_loss_is_the_weighted_squared_error_up_to_a_constant(make, joint):
     a, b = (model(loss.trains, sde, seed) for seed in (1, 2))
     exact, x0 = JumpOracle(law(), sde), law().sample(n, generator(1, "data"))
     t, noised = loss.noise(sde, x0, generator(2, "l"))
-    moments = sde.scales(t, 2)
+    moments, weight = sde.scales(t, 2), noised.aux.get("weight", 1.0)
     second = next(iter(loss.trains - {"score"}))
     power = moments["flux"].power
     if second == "velocity":
@@ -155,15 +155,24 @@ def test_every_loss_is_the_weighted_squared_error_up_to_a_constant(make, joint):
     def errors(field):
         found = field.fields(noised.x_t, t, {"score", second})
         gaps = {name: (found[name] - truth[name]).square().sum(1) for name in found}
-        return gaps["score"] / moments["score"].power + gaps[second] / power
+        return weight * (gaps["score"] / moments["score"].power + gaps[second] / power)
 
     def value(field):
-        return loss.value(field, sde, x0, noised, t, generator(3, "v"))
+        return loss.weighted(field, sde, x0, noised, t, generator(3, "v"))
 
     excess = value(a) - value(b) - (errors(a) - errors(b))
     assert abs(float(excess.mean() / (excess.std() / math.sqrt(n)))) < 4
     gap = errors(a) - errors(b)
     assert abs(float(gap.mean() / (gap.std() / math.sqrt(n)))) > 3  # there is something to tell apart
+
+
+@pytest.mark.parametrize(
+    "make", [TableDSM, AugmentedDSM, JumpRatio, ScaleDSM, functools.partial(ImplicitFlux, Rademacher())]
+)
+def test_every_loss_has_its_times_and_its_convention(make):
+    loss = make(half=True, times="log_uniform", t_min=0.01)
+    assert (loss.half, loss.times, loss.t_min, loss.weighting) == (True, "log_uniform", 0.01, "one")
+    assert not make().half
 
 
 class Tilted(JumpOracle):
@@ -189,7 +198,7 @@ def test_the_exact_ratio_and_denoiser_are_stationary_points(loss):
     def at(tilt):
         field = Tilted(law(), sde)
         field.tilt = tilt
-        return loss.value(field, sde, x0, noised, t, generator(3, "v"))
+        return loss.weighted(field, sde, x0, noised, t, generator(3, "v"))
 
     slopes = {centre: (at(centre + h) - at(centre - h)) / (2 * h) for centre in (0.0, 0.5)}
     z = {centre: float(s.mean() / (s.std() / math.sqrt(n))) for centre, s in slopes.items()}
@@ -274,6 +283,14 @@ def test_every_loss_trains_samples_and_is_evaluated(loss, way, numbers, coarse, 
         assert "log_density" in err
 
 
+def test_a_rate_of_zero_has_no_flux_to_measure(coarse, tmp_path, cli):
+    assert cli("train", *SMALL, "sde.rate=0", "dir=run", "eval.figures=false")[0] == 0
+    assert "flux_error" not in json.loads((tmp_path / "run/summary.json").read_text())
+    code, _, err = cli("evaluate", "run=run", "metrics=[flux_error]")
+    assert code == 2
+    assert "nothing jumps" in err
+
+
 def test_a_cut_run_goes_on_bit_for_bit(coarse, tmp_path, cli):
     """Both networks, their averages and the optimiser's moments: 6 steps and 6 more are 12."""
     from safetensors.torch import load_file
@@ -290,9 +307,11 @@ def test_a_cut_run_goes_on_bit_for_bit(coarse, tmp_path, cli):
 
 
 def test_the_study_answers_from_known_fields_and_from_runs(coarse, tmp_path, cli):
-    code, _, err = cli("ablate", "study=jump", "size=smoke", "tracker.mode=disabled", "hydra/launcher=basic", "dir=s")
+    grid = ["size=smoke", "study.samplers=[heun_ode,euler_maruyama]"]
+    code, _, err = cli("ablate", "study=jump", *grid, "tracker.mode=disabled", "hydra/launcher=basic", "dir=s")
     assert code == 0, err
     report = (tmp_path / "s/report.md").read_text()
-    assert "leaving the flux out costs" in report
+    assert "Leaving the flux out costs" in report
     assert "reverse jumps a path" in report
     assert "flux\\_error" in report or "flux_error" in report
+    assert "not compared, the protocols differ" not in report  # the sampler is what is compared

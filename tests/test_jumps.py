@@ -20,6 +20,7 @@ from scoresde_cli.samplers.scale_path import ScalePath
 from scoresde_cli.samplers.true_reversal import TrueReversal
 from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
 from scoresde_cli.sdes.measures import Atoms, panjer
+from scoresde_cli.sdes.scale_mixture import Amplitude
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.studies.jump_exact import Mistaken
@@ -204,6 +205,23 @@ def test_the_kernel_draws_the_law_of_the_characteristic_function(law, joint):
     assert (together > 0.02) == joint or abs(together) < 4 / math.sqrt(n)
 
 
+@pytest.mark.parametrize("now", [0.02, 0.6])
+def test_draws_that_jump_often_are_the_same_law_by_their_weights(now):
+    """Of 40,000 at least half have jumped; weighted, the share that has, the mean number and E cos(k x) are right: |z| < 4."""
+    sde = JumpDiffusion(VP(), 9.0, rate_end=1.0, amplitude="laplace")
+    n, t = 40_000, torch.tensor([now], dtype=F64)
+    noised = sde.kernel().often(torch.zeros(n, 2, dtype=F64), t.expand(n), generator(3, "draws"))
+    weight, jumped = noised.aux["weight"], noised.aux["S"].flatten() > 1.0001 * sde.base.sigma(t) ** 2
+    chance = -torch.expm1(-sde.expected(t))
+    assert float(jumped.double().mean()) > max(0.5, float(chance)) - 4 / (2 * math.sqrt(n))
+    k = torch.tensor([0.2, 1.0, 2.0], dtype=F64)
+    found = torch.cat([jumped.double()[:, None], torch.cos(noised.x_t[:, :1] * k), noised.x_t[:, :1].square()], dim=1)
+    wanted = torch.cat([chance, log_characteristic(sde, k, t).exp(), sde.sigma(t) ** 2])
+    gap = weight[:, None] * (found - wanted)
+    assert (gap.mean(0) / (gap.std(0) / math.sqrt(n))).abs().max() < 4
+    assert float(weight.mean()) == pytest.approx(1, abs=4 * float(weight.std()) / math.sqrt(n) + 1e-9)
+
+
 @pytest.mark.parametrize("joint", [True, False])
 def test_simulation_agrees_with_the_kernel(joint):
     """Euler-Maruyama with Poisson jumps has the kernel's variance: 1 percent of bias, 4 standard errors."""
@@ -344,6 +362,31 @@ def test_the_density_of_the_prior_is_that_of_its_draws():
     inside = float(p[x.squeeze(1).abs() < 1].sum())
     found = float((sde.sample_prior((40_000, 1), generator(0, "prior"), F64).abs() < 1).double().mean())
     assert found == pytest.approx(inside, abs=4 * math.sqrt(0.25 / 40_000) + 0.005)
+
+
+class Drawn(Amplitude):
+    """A user's law, by a function of the shape."""
+
+    def __init__(self, draws):
+        self.draws = draws
+
+    def draw(self, shape, source, dtype=torch.float32):
+        return self.draws(shape)
+
+
+@pytest.mark.parametrize(
+    ("draws", "says"),
+    [
+        (lambda shape: torch.full(shape, -0.5), "gave -0.5: expected finite numbers above zero"),
+        (lambda shape: torch.full(shape, math.nan), "gave nan"),
+        (lambda shape: torch.ones(3), r"gave shape \(3,\)"),
+        (lambda shape: 1.0, "gave float"),
+        (lambda shape: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_users_law_with_draws_that_are_none_is_refused(draws, says):
+    with pytest.raises(ScoreSDEError, match=says):
+        JumpDiffusion(amplitude=Drawn(draws))
 
 
 def test_what_cannot_be_is_refused_in_one_line():

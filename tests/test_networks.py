@@ -15,6 +15,7 @@ from scoresde_cli.networks.mlp import MLP
 from scoresde_cli.networks.model import Gaussian, ScoreModel, Zero, fit_gaussian
 from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual, covariance_for
 from scoresde_cli.networks.resmlp import ResMLP
+from scoresde_cli.networks.sharp_mlp import SharpMLP
 from scoresde_cli.networks.unet import UNet
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.ve import VE
@@ -52,6 +53,7 @@ class PlainEnergy(nn.Module):
 
 NETWORKS = {
     "mlp": lambda s: MLP(s, 16, 3),
+    "sharp_mlp": lambda s: SharpMLP(s, 16, 3),
     "mlp, one layer": lambda s: MLP(s, 16, 1, "tanh"),
     "mlp, gelu": lambda s: MLP(s, 16, 2, "gelu"),
     "mlp, softplus": lambda s: MLP(s, 16, 2, "softplus"),

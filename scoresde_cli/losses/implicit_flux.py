@@ -64,8 +64,8 @@ class ImplicitFlux(FieldLoss, SSMVR):
         self, projection: Projection, n_proj: PositiveInt = 4, draws: PositiveInt = 2, half: bool = False,
         times: Times = "mixed", t_min: MinTime = 1e-3,
     ) -> None:  # fmt: skip
-        FieldLoss.__init__(self, half, times, t_min)
-        self.projection, self.n_proj, self.draws = projection, n_proj, draws
+        SSMVR.__init__(self, projection, n_proj, "one", half, times, t_min)
+        self.draws = draws
 
     def value(
         self, model: FieldModel, sde: SDE, x0: Tensor, noised: Noised, t: Tensor, generator: torch.Generator

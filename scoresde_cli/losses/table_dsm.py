@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde_cli.fields import FieldModel
-from scoresde_cli.losses.base import Loss, MinTime, Times
+from scoresde_cli.losses.base import Loss, MinTime, Times, draw_times
 from scoresde_cli.sdes.base import SDE, Noised
 
 Scale = Literal["residual", "power"]
@@ -30,6 +30,12 @@ class FieldLoss(Loss):
 
     def __init__(self, half: bool = False, times: Times = "mixed", t_min: MinTime = 1e-3) -> None:
         super().__init__("one", half, times, t_min)
+
+    def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:
+        if sde.jumps is None or sde.jumps.often is None:
+            return super().noise(sde, x0, generator)
+        t = draw_times(self.times, len(x0), self.t_min, sde.T, generator).to(x0.dtype)
+        return t, sde.jumps.often(x0, t, generator)
 
     def weight(self, sde: SDE, t: Tensor, d: int) -> Tensor:
         return torch.ones_like(t)

@@ -23,10 +23,10 @@ def sliced_wasserstein(x: Tensor, y: Tensor, slices: int = SLICES, seed: int = 0
 
 
 class SlicedWasserstein(Metric):
-    """The distance over SLICES fixed directions, of all rows."""
+    """The distance over SLICES fixed directions, of at most 20,000 rows (at 100,000 its 70 measurements take half a minute)."""
 
     quantities = {"sliced_wasserstein": Quantity("model units")}
-    rows = 100_000
+    rows = 20_000
 
     def measure(self, x: Tensor, y: Tensor) -> Numbers:
         return {"sliced_wasserstein": sliced_wasserstein(x.flatten(1), y.flatten(1))}

@@ -44,7 +44,8 @@ class Jumps:
     """The Poisson part of a process: jumps at rate `rate(t)` (B,), with amplitudes `sample(n, shape, t, generator)`.
 
     `without` is the process that is left without them, where it is one of its own; `joint`: all coordinates jump together;
-    `table(d, lam)`, where it is tractable: the law of x_t given an x_0 that is normal with variance lam, in d dimensions.
+    `table(d, lam)`, where it is tractable: the law of x_t given an x_0 that is normal with variance lam, in d dimensions;
+    `often(x0, t, generator)`: draws of x_t given x_0 of which at least half have jumped, however early it is, weighted for it.
     """
 
     rate: Callable[[Tensor], Tensor]
@@ -52,6 +53,7 @@ class Jumps:
     without: "SDE | None" = None
     joint: bool = True
     table: "Callable[[int, float], ScaleTable] | None" = None
+    often: Callable[[Tensor, Tensor, torch.Generator], Noised] | None = None
 
 
 class Moments(NamedTuple):

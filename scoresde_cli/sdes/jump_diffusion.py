@@ -8,6 +8,7 @@ product of d tables of one dimension. The prior is not Gaussian: it is drawn by 
 """
 
 from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import normal, uniform
 from scoresde_cli.sdes.base import Jumps, Kernel, LinearSDE, Moments, Noised
 from scoresde_cli.sdes.operators import LinearOperator, Scalar, expand
-from scoresde_cli.sdes.scale_mixture import LAWS, Amplitude, Law, StudentAmplitude
+from scoresde_cli.sdes.scale_mixture import LAWS, Amplitude, Law, StudentAmplitude, check
 from scoresde_cli.sdes.scale_table import Coefficients, Read, ScaleTable
 from scoresde_cli.sdes.subvp import SubVP
 from scoresde_cli.sdes.ve import VE
@@ -58,13 +59,15 @@ class JumpDiffusion(LinearSDE):
                 "take the base with more noise"
             )
         if isinstance(amplitude, Amplitude):
+            check(amplitude)
             self.amplitude = amplitude
         else:
             self.amplitude = StudentAmplitude(scale, nu) if amplitude == "student_t" else LAWS[amplitude](scale)
         self.coefficients = Coefficients(
             self.base.alpha, self.base.sigma, self.rate, self.expected, self.amplitude, self.T
         )
-        self.jumps = Jumps(self.rate, self.amplitude.sample, self.base, joint, self.table)
+        often = JumpKernel(self).often if joint and any(self.rates) else None
+        self.jumps = Jumps(self.rate, self.amplitude.sample, self.base, joint, self.table, often)
         self._tables: dict[tuple[int, float], ScaleTable] = {}
         self._last: dict[str, tuple[Tensor, int, Any]] = {}
 
@@ -187,8 +190,11 @@ class JumpKernel(Kernel):
         t = t.reshape((-1,) + (1,) * (len(shape) - 1)).expand(shape)
         if not any(sde.rates):
             return torch.zeros(shape, device=t.device, dtype=t.dtype)
-        counts = torch.poisson(sde.expected(t), generator=generator)
-        most = int(counts.max())
+        return self.decayed(torch.poisson(sde.expected(t), generator=generator), t, generator)
+
+    def decayed(self, counts: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws of V with so many jumps, shaped like `counts` and `t`."""
+        sde, shape, most = self.sde, counts.shape, int(counts.max())
         tau = sde.instant(uniform((*shape, most), generator, t.dtype), t[..., None])
         w = sde.amplitude.draw((*shape, most), generator, t.dtype)
         decay = (sde.alpha(t)[..., None] / sde.alpha(tau)).square()
@@ -196,8 +202,27 @@ class JumpKernel(Kernel):
 
     def sample(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
         """x_t = alpha x_0 + sqrt(S) eps, S = sigma^2 + V; `aux` holds S."""
-        eps = normal(tuple(x0.shape), generator, x0.dtype)
-        v, sigma = self.jumped(tuple(x0.shape), t, generator), expand(self.sde.base.sigma(t), x0)
+        return self._noised(x0, t, self.jumped(tuple(x0.shape), t, generator), generator)
+
+    def often(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
+        """The same of joint jumps, but at least half the samples have jumped; `aux` holds what that counts for, `weight` (B,).
+
+        Early on few samples jump, and all of the flux is theirs: here they are many and weigh little.
+        """
+        mean = self.sde.expected(t)
+        share = -torch.expm1(-mean)
+        drawn = share.clamp_min(0.5)
+        chosen = uniform((len(t),), generator, t.dtype) < drawn
+        # The first of the jumps, in units of the mean's, given that there is one; the rest are Poisson again.
+        first = -torch.log1p(-share * uniform((len(t),), generator, t.dtype))
+        more = torch.poisson((mean - first).clamp_min(0.0), generator=generator)
+        counts = expand(torch.where(chosen, 1 + more, 0.0), x0)
+        noised = self._noised(x0, t, self.decayed(counts, expand(t, x0), generator), generator)
+        weight = torch.where(chosen, share / drawn, (1 - share) / (1 - drawn))
+        return replace(noised, aux={**noised.aux, "weight": weight})
+
+    def _noised(self, x0: Tensor, t: Tensor, v: Tensor, generator: torch.Generator) -> Noised:
+        eps, sigma = normal(tuple(x0.shape), generator, x0.dtype), expand(self.sde.base.sigma(t), x0)
         root = torch.where(v > 0, (sigma.square() + v).sqrt(), sigma)
         mean = expand(self.alpha(t), x0) * x0
         return Noised(mean + root * eps, mean, Scalar(root), eps, {"S": root.square()})

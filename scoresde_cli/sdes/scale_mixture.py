@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.measures import Atoms, panels
 
@@ -76,6 +77,25 @@ class Amplitude(ABC):
     @cached_property
     def _drawn(self) -> np.ndarray:
         return np.sort(self.draw((DRAWS,), generator(0, "amplitude"), torch.float64).cpu().numpy())
+
+
+def check(law: Amplitude) -> None:
+    """Refuse a law whose draws are not numbers above zero of the shape that was asked for."""
+    name, shape = type(law).__name__, (1000, 1)
+    try:
+        w = law.draw(shape, generator(0, "amplitude"))
+    except Exception as problem:
+        raise ScoreSDEError(f"sde.amplitude: {name}.draw fails: {type(problem).__name__}: {problem}") from problem
+    if not isinstance(w, Tensor) or tuple(w.shape) != shape:
+        found = f"shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
+        raise ScoreSDEError(
+            f"sde.amplitude: {name}.draw gave {found}: expected a tensor of the shape asked for, {shape}"
+        )
+    wrong = w[~(w.isfinite() & (w > 0))]
+    if len(wrong):
+        raise ScoreSDEError(
+            f"sde.amplitude: {name}.draw gave {float(wrong[0]):.3g}: expected finite numbers above zero, squared scales of jumps"
+        )
 
 
 class GaussianAmplitude(Amplitude):
