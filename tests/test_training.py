@@ -73,7 +73,7 @@ MOMENTS = {
     "while a file of the third checkpoint is written": ("scoresde_cli.training.state", "os.fsync", 33),
     "just before an old checkpoint is dropped": ("pathlib", "Path.rename", 5),
     "while an old checkpoint is dropped": ("scoresde_cli.training.state", "shutil.rmtree", 4),
-    "while a row is logged": ("scoresde_cli.tracking.jsonl", "json.dumps", 5),
+    "while a row is logged": ("scoresde_cli.tracking.jsonl", "JsonLines.log", 5),
     "after training, while sampling": ("scoresde_cli.samplers.dpm_solver_pp", "DPMSolverPP.step", 3),
 }
 

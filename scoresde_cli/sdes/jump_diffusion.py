@@ -202,7 +202,8 @@ class JumpKernel(Kernel):
 
     def sample(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
         """x_t = alpha x_0 + sqrt(S) eps, S = sigma^2 + V; `aux` holds S."""
-        return self._noised(x0, t, self.jumped(tuple(x0.shape), t, generator), generator)
+        eps = normal(tuple(x0.shape), generator, x0.dtype)
+        return self._noised(x0, t, self.jumped(tuple(x0.shape), t, generator), eps)
 
     def often(self, x0: Tensor, t: Tensor, generator: torch.Generator) -> Noised:
         """The same of joint jumps, but at least half the samples have jumped; `aux` holds what that counts for, `weight` (B,).
@@ -217,12 +218,13 @@ class JumpKernel(Kernel):
         first = -torch.log1p(-share * uniform((len(t),), generator, t.dtype))
         more = torch.poisson((mean - first).clamp_min(0.0), generator=generator)
         counts = expand(torch.where(chosen, 1 + more, 0.0), x0)
-        noised = self._noised(x0, t, self.decayed(counts, expand(t, x0), generator), generator)
+        v = self.decayed(counts, expand(t, x0), generator)
+        noised = self._noised(x0, t, v, normal(tuple(x0.shape), generator, x0.dtype))
         weight = torch.where(chosen, share / drawn, (1 - share) / (1 - drawn))
         return replace(noised, aux={**noised.aux, "weight": weight})
 
-    def _noised(self, x0: Tensor, t: Tensor, v: Tensor, generator: torch.Generator) -> Noised:
-        eps, sigma = normal(tuple(x0.shape), generator, x0.dtype), expand(self.sde.base.sigma(t), x0)
+    def _noised(self, x0: Tensor, t: Tensor, v: Tensor, eps: Tensor) -> Noised:
+        sigma = expand(self.sde.base.sigma(t), x0)
         root = torch.where(v > 0, (sigma.square() + v).sqrt(), sigma)
         mean = expand(self.alpha(t), x0) * x0
         return Noised(mean + root * eps, mean, Scalar(root), eps, {"S": root.square()})

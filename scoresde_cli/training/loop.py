@@ -188,7 +188,7 @@ def train(plan: Plan, state: TrainState, watch: Watch) -> None:
 
     watch.stop.deferred = True
     try:
-        while progress() < 1.0:
+        while progress() < 1.0 or state.step == 0:  # what came before the first step may have taken all of max_seconds
             if plan.chooser is not None:
                 plan, why = plan.chooser(plan, state)
                 if why is not None:
