@@ -33,6 +33,7 @@ from scoresde_cli.training import directions, rows
 # Seen on two CPU cores, perceptrons of 0.05 to 5 million weights: 7 to 30 s to compile forward and backward, and a step
 # that is 0 to 30 percent shorter. `auto` compiles where a gain of GAIN would repay the wait, and keeps what is faster.
 COMPILE_SECONDS, GAIN = 20.0, 0.1
+AGREE = 0.5  # of a weight's gradient: what bfloat16 rounds away stays below 0.2, and what is lost is 1
 LONG = 60.0  # seconds of training from which on it is said beforehand
 MOST_BYTES = 2 << 30  # for the tangents that the backward pass needs, and never more than a quarter of the free memory
 
@@ -219,6 +220,9 @@ def pick_field(parts: Parts, plain: ScoreModel, done: int) -> FieldModel:
         )
         return plain
     took = f"compiled in {time.perf_counter() - began:.0f} s"
+    if wrong := astray(parts, plain, compiled):
+        console.warn(f"compile={wanted}: the compiled step has another gradient ({wrong}), going on without")
+        return plain
     if wanted is True:
         console.note(took)
         return compiled
@@ -238,6 +242,45 @@ def step(parts: Parts, field: FieldModel) -> float:
     if parts.device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - began
+
+
+def astray(parts: Parts, plain: ScoreModel, compiled: FieldModel) -> str | None:
+    """The weight whose gradient the compiled step has most wrong, where that is by more than AGREE; None otherwise.
+
+    Compilers err: bfloat16 gradients of a U-Net's coarse levels were seen to vanish. The weights are moved for the while, as those
+    of a fresh network that starts at zero have no gradient to compare. A network that draws random numbers is not compared.
+    """
+    weights = dict(plain.named_parameters())
+    kept = {name: p.detach().clone() for name, p in weights.items()}
+    source = generator(parts.settings.seed, "astray", device=parts.device)
+
+    def gradients(field: FieldModel, seed: int) -> dict[str, Tensor]:
+        plain.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+        step(parts, field)
+        return {name: p.grad.double() for name, p in weights.items() if p.grad is not None}
+
+    try:
+        with torch.no_grad():
+            for p in weights.values():
+                p.add_(
+                    normal(tuple(p.shape), source, p.dtype),
+                    alpha=0.5 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1,
+                )
+        first, again, found = gradients(plain, 0), gradients(plain, 1), gradients(compiled, 0)
+    finally:
+        with torch.no_grad():
+            for name, p in weights.items():
+                p.copy_(kept[name])
+    sizes = {name: float(g.norm()) for name, g in first.items()}
+    floor = 1e-3 * max(sizes.values(), default=0.0)
+    apart = {
+        name: float((first[name] - found.get(name, 0.0)).norm()) / size for name, size in sizes.items() if size > floor
+    }
+    if any(float((first[name] - again[name]).norm()) > 0.01 * sizes[name] for name in apart):
+        return None
+    worst = max(apart, key=lambda name: apart[name], default=None)
+    return None if worst is None or apart[worst] <= AGREE else f"of {worst}, by {apart[worst]:.2g} of its size"
 
 
 def seconds_of(parts: Parts, fields: list[FieldModel], repeats: int = 3) -> list[float]:

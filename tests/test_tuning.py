@@ -11,6 +11,8 @@ import yaml
 
 from scoresde_cli import configs, tuning
 from scoresde_cli.compose import compose
+from scoresde_cli.fields import FieldModel
+from scoresde_cli.networks.model import ScoreModel
 from scoresde_cli.rng import generator
 from scoresde_cli.training import loop
 from scoresde_cli.training.compiled import Compiled
@@ -164,6 +166,28 @@ def test_auto_compiles_long_runs_only_and_keeps_what_is_faster(monkeypatch, caps
         found = tuning.pick_field(long, long.field, 0)
         assert isinstance(found, Sleepy) == kept
         assert ("going on without" in capsys.readouterr().out) != kept
+
+
+@pytest.mark.parametrize("lost", [None, "network.first.weight"])
+def test_a_compiled_step_with_another_gradient_is_not_taken(lost, monkeypatch, capsys):
+    class Deaf(FieldModel):
+        """The same numbers; the gradient of one weight does not come back."""
+
+        def __init__(self, model):
+            self.model, self.sde, self.provides = model, model.sde, model.provides
+
+        def score(self, x, t):
+            named = {name: p.detach() for name, p in self.model.named_parameters() if name == lost}
+            return torch.func.functional_call(self.model, named, (x, t))
+
+    monkeypatch.setattr("scoresde_cli.training.compiled.Compiled", Deaf)
+    parts = parts_of("loss=dsm", "compile=true")
+    before = {name: p.detach().clone() for name, p in parts.model.named_parameters()}
+    assert lost is None or lost in before
+    field = tuning.settle(parts, {})[0].field
+    assert isinstance(field, ScoreModel if lost else Deaf)
+    assert (f"has another gradient (of {lost}, by 1 of its size)" in capsys.readouterr().err) == (lost is not None)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in parts.model.named_parameters())
 
 
 def test_where_nothing_compiles_the_run_goes_on_with_one_line(tmp_path):
