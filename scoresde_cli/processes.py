@@ -326,4 +326,4 @@ def added_up(tensors: "Iterable[Tensor]") -> "list[Tensor]":
     with answered():
         distributed.all_reduce(flat, group=group.handle)
     parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
