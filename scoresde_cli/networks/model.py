@@ -189,14 +189,11 @@ class ScoreModel(nn.Module, FieldModel):
         if getattr(self.network, "conservative", False):
             # diag(out) H diag(inp) is symmetric, so the score is still a gradient, where out is a multiple of inp.
             out = inp * (out / inp).mean(1, keepdim=True)
-        return y, self._told(0.5 * torch.log(sigma / alpha)), skip, out, inp
-
-    def _told(self, c: Tensor) -> Tensor:
-        """What the network is told beside its input: the noise level c (B,), and the label where there are such, (B, 2)."""
-        if not self.classes:
-            return c
-        labels = torch.full_like(c, -1) if self.labels is None else self.labels.to(c)
-        return torch.stack([c, labels.repeat(len(c) // len(labels))], dim=1)
+        c = 0.5 * torch.log(sigma / alpha)
+        if self.classes:
+            labels = torch.full_like(c, -1) if self.labels is None else self.labels.to(c)
+            c = torch.stack([c, labels.repeat(len(c) // len(labels))], dim=1)
+        return y, c, skip, out, inp
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         if self.white is not None:

@@ -84,7 +84,7 @@ def add_up(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
     for p, grad in zip(learnt, grads, strict=True):
         if (
             p.grad is not grad
-        ):  # of several processes; in the order of the weights in memory, which the optimizer goes through
+        ):  # of several processes: laid out in memory like the weight, as the optimizer goes through both
             p.grad = grad if p.is_contiguous() else torch.empty_like(p).copy_(grad)
     return loss
 
