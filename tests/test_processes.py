@@ -66,6 +66,40 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([w.flatten() for group in (found.model, found.average) for w in group.values()])
 
 
+SUMS = """
+import sys, torch
+from scoresde_cli import processes
+processes.join()
+if sys.argv[1] == "gloo":
+    processes.group.memory = None
+ok = True
+for size in (3, 40, 7):  # the memory grows, and serves the smaller one too
+    def of(rank):
+        source = torch.Generator().manual_seed(rank)
+        image = torch.randn(2, 4, size, 5, generator=source).to(memory_format=torch.channels_last)
+        return [image, torch.randn((), generator=source, dtype=torch.float64), torch.randn(0), torch.randn(size, generator=source)]
+    mine = of(processes.rank())
+    processes.add_up(mine)
+    for found, *each in zip(mine, *map(of, range(3))):
+        want = sum(part.double() for part in each).to(found.dtype)
+        close = torch.allclose(found, want, rtol=0, atol=1e-15 if found.dtype.itemsize == 8 else 1e-6)
+        ok &= close and found.stride() == each[0].stride()
+ok &= (processes.group.memory is None) == (sys.argv[1] == "gloo")
+print("equal" if ok else "differs")
+processes.leave(0)
+"""
+
+
+@pytest.mark.parametrize("way", ["memory", "gloo"])
+def test_sums_over_processes_are_those_of_one_and_leave_no_file(way):
+    before = set(Path("/dev/shm").glob("scoresde-*"))
+    command = [sys.executable, "-c", SUMS, way]
+    running = [subprocess.Popen(command, env=place, stdout=subprocess.PIPE, text=True) for place in places(3)]
+    # Sums are made in float64, so that a float32 one is rounded once: half a unit in the last place of a number below 16 is 4.8e-7.
+    assert [job.communicate(timeout=120)[0] for job in running] == ["equal\n"] * 3
+    assert set(Path("/dev/shm").glob("scoresde-*")) <= before
+
+
 def test_two_processes_give_the_run_of_one_and_when_one_is_killed_both_end_and_the_run_goes_on(tmp_path, cli):
     """dsm_cv, which decides from what it measures as it goes; one process is killed in the middle, then both go on."""
     argv = [

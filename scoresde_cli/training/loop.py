@@ -137,12 +137,12 @@ def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     seed_global(source, processes.rank())
-    total = torch.zeros((), device=plan.train.device)
+    loss = torch.zeros((), device=plan.train.device)
     for _ in range(plan.accumulate):
         part = rows.mean(batch_losses(plan, state.step, source)) / plan.accumulate
         part.backward()
-        total += part.detach()
-    loss = rows.add_up(plan.model.network.parameters(), total)
+        loss += part.detach()
+    processes.add_up([*(p.grad for p in plan.model.network.parameters() if p.grad is not None), loss])
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:
         state.update_average(plan.ema)

@@ -6,10 +6,8 @@ directions are those of one process, and the sum of the processes' gradients is 
 from each other, as samples are sorted by time in some losses, whose early ones cost more.)
 """
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from scoresde_cli import divergence, processes
@@ -75,18 +73,6 @@ def mean(losses: Tensor) -> Tensor:
     """This process's part of the mean of a batch's losses (B,)."""
     n = processes.size()
     return losses.mean() if n == 1 else losses[processes.rank() :: n].sum() / len(losses)
-
-
-def add_up(parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-    """The gradients of the whole batch, in place, and its mean loss."""
-    learnt = [p for p in parameters if p.grad is not None]
-    *grads, loss = processes.added_up([*(p.grad for p in learnt), loss])  # type: ignore[list-item]
-    for p, grad in zip(learnt, grads, strict=True):
-        if (
-            p.grad is not grad
-        ):  # of several processes: laid out in memory like the weight, as the optimizer goes through both
-            p.grad = grad if p.is_contiguous() else torch.empty_like(p).copy_(grad)
-    return loss
 
 
 def check(network: nn.Module, batch_size: int, accumulate: int) -> None:
