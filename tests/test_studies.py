@@ -107,7 +107,7 @@ def test_a_study_on_ones_own_table_needs_no_other_words(tmp_path, cli):
         (["study=projection", "study.laws=[foo]"], "projection=foo"),
         (["study=loss", "study.seeds=0"], "study.seeds=0: expected greater than 0"),
         (["study=loss", "study.foo=1"], "unknown key study.foo"),
-        (["study=loss", "study.losses=[dsm,dsm]"], "each once"),
+        (["study=loss", "study.losses=[dsm,dsm]"], "each value once"),
         (["study=loss", "study.dims=[]"], "at least one"),
         (["study=projection", "loss=dsm"], "draws no directions"),
         (["study=loss", "run=somewhere"], "study=estimator"),

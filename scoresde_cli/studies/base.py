@@ -81,6 +81,7 @@ class Study(ABC):
     question: ClassVar[str]
     varies: ClassVar[tuple[str, ...]] = ("seed",)
     trains: ClassVar[bool] = True
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
 
     def of_size(self, name: str) -> Any:
         """A key of the study: as given, else what the size says."""
@@ -105,8 +106,10 @@ class Study(ABC):
         if self.run is not None and self.trains:
             raise ScoreSDEError(f"run={self.run}: this study trains runs of its own; study=estimator measures one")
         for name, given in vars(self).items():
-            if isinstance(given, list) and (not given or len(given) != len({repr(value) for value in given})):
-                raise ScoreSDEError(f"study.{name}={given}: expected at least one value, and each once")
+            if isinstance(given, list) and len(given) != len({repr(value) for value in given}):
+                raise ScoreSDEError(f"study.{name}={given}: expected each value once")
+            if given == [] and name not in self.may_be_empty:
+                raise ScoreSDEError(f"study.{name}=[]: expected at least one value")
         if self.dims is not None and "d" not in config["data"]:
             raise ScoreSDEError(f"study.dims={self.dims}: this data has the dimension that it has; leave the key out")
 

@@ -20,7 +20,7 @@ AUTO = "dsm_cv"
 class ControlVariate(GridStudy):
     """
     Args:
-        thresholds: fixed ones of dsm_cv, beside auto.
+        thresholds: fixed ones of dsm_cv, beside auto; [] for auto alone.
         losses: beside dsm_cv; those that have directions with n_proj of them.
         n_proj: directions a sample.
         exact_up_to: dimensions beyond which ism is left out.
@@ -37,6 +37,7 @@ class ControlVariate(GridStudy):
         "at equal training steps and at equal training time?"
     )
     varies: ClassVar[tuple[str, ...]] = (*GridStudy.varies, "loss", "n_proj")
+    may_be_empty: ClassVar[tuple[str, ...]] = ("thresholds",)
 
     def settings(self, d: int, loss: str) -> list[Setting]:
         """The count stands in the config of all, so that they share all but the loss."""
