@@ -195,8 +195,9 @@ def test_trust_allows_a_class_of_ones_own(tmp_path, cli):
     (tmp_path / "mine_law.py").write_text(
         "from scoresde_cli.projections import Rademacher\nclass Law(Rademacher):\n    '''My own law.'''\n"
     )
-    code, _, err = cli("train", "loss=ssm", "projection._target_=mine_law.Law", "dir=run", *SMALL, *NO_FIGURES)
+    code, out, err = cli("train", "loss=ssm", "projection._target_=mine_law.Law", "dir=run", *SMALL, *NO_FIGURES)
     assert code == 0, err
+    assert out.count("trust=true") == 3  # what it says may be done next
     code, _, err = cli("sample", "run=run", "n=5", "out=a.npz")
     assert code == 2
     assert "mine_law.Law" in err

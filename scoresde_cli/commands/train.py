@@ -322,10 +322,15 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
     for each in trackers:
         each.summary(summary, figures)
     lines = [f"run      {run.path}", *(f"figure   {path}" for path in figures)]
+    try:
+        run.config(trust=False)
+        ours = ""
+    except ScoreSDEError:  # classes of the user's own
+        ours = " trust=true"
     lines += [
-        f"next     scoresde sample {quote(f'run={run.path}')} n=1000 out=samples.csv",
-        f"         scoresde evaluate {quote(f'run={run.path}')}",
-        f"         scoresde train {quote(f'resume={run.path}')} steps={2 * s.steps}",
+        f"next     scoresde sample {quote(f'run={run.path}')} n=1000 out=samples.csv{ours}",
+        f"         scoresde evaluate {quote(f'run={run.path}')}{ours}",
+        f"         scoresde train {quote(f'resume={run.path}')} steps={2 * s.steps}{ours}",
     ]
     console.panel(f"{parts.loss.convention(parts.d)}", summary, lines)
     for problem in (evaluation.verdict(summary, evaluation.in_words(parts.baseline)), turned):
