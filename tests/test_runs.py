@@ -550,21 +550,26 @@ def test_a_full_disk_loses_nothing(tmp_path, cli, monkeypatch):
 
     write, calls = state.write_durably, 0
 
-    def full(path, content):
+    def counted(path, content):
         nonlocal calls
         calls += "checkpoints" in str(path)
-        if calls > 6:
-            raise OSError(28, "No space left on device", str(path))
         write(path, content)
 
-    monkeypatch.setattr(state, "write_durably", full)
-    code, _, err = cli("train", "dir=run", *SMALL, *NO_FIGURES)
+    def full(handle, sync=os.fsync):
+        if calls > 6:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(state, "write_durably", counted)
+    with monkeypatch.context() as filling:
+        filling.setattr(os, "fsync", full)
+        code, _, err = cli("train", "dir=run", *SMALL, *NO_FIGURES)
     assert code == 2
     assert "No space left on device" in err.strip().splitlines()[-1]
+    assert "checkpoints" in err.strip().splitlines()[-1]  # where it was
     assert [c.name for c in checkpoints(tmp_path / "run/checkpoints")] == ["step-0000020"]
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
-    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
-    monkeypatch.setattr(state, "write_durably", write)
+    assert RunDir(tmp_path / "run").status() == "killed"  # there was no room to say more
     assert cli("train", "resume=run")[0] == 0
 
 

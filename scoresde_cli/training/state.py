@@ -83,6 +83,9 @@ def write_durably(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as problem:  # a full disk does not say which file it was
+        problem.filename = problem.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
