@@ -339,7 +339,9 @@ def add_up(tensors: "Iterable[Tensor]") -> None:
                 part.view_as(tensor).copy_(tensor)
             distributed.barrier(group=group.handle)
             columns = table.tensor_split(size(), dim=1)[rank()]
-            torch.sum(columns[:-1], 0, out=columns[-1])
+            torch.add(columns[0], columns[1], out=columns[-1])
+            for row in columns[2:-1]:
+                columns[-1].add_(row)
             distributed.barrier(group=group.handle)
     for part, tensor in zip(flat.split(numbers), tensors, strict=True):
         tensor.copy_(part.view_as(tensor))

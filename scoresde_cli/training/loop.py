@@ -137,11 +137,12 @@ def train_step(plan: Plan, state: TrainState, rate: float) -> Tensor:
     """One step in place at a learning rate; the mean loss of the batch, on the device."""
     source = generator(plan.seed, "train", state.step, device=plan.train.device)
     seed_global(source, processes.rank())
-    loss = torch.zeros((), device=plan.train.device)
+    parts = []
     for _ in range(plan.accumulate):
         part = rows.mean(batch_losses(plan, state.step, source)) / plan.accumulate
         part.backward()
-        loss += part.detach()
+        parts.append(part.detach())
+    loss = torch.stack(parts).sum()
     processes.add_up([*(p.grad for p in plan.model.network.parameters() if p.grad is not None), loss])
     plan.optimizer.apply(state.optimizer, rate)
     if plan.ema is not None:

@@ -1,6 +1,6 @@
 """The held-out DSM loss of the runs of a study by level of noise: dsm_cv less dsm, paired by seed, with Student's intervals (95 %).
 
-    python scripts/experiments/held_out.py DIR [ROWS=3000]      (DIR of scoresde ablate study=dsm_cv; 12 levels, even in log sigma)
+python scripts/experiments/held_out.py DIR [ROWS=3000]      (DIR of scoresde ablate study=dsm_cv; 12 levels, even in log sigma)
 """
 
 import sys

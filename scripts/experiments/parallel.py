@@ -47,7 +47,7 @@ def main() -> None:
             one = 0.0
             if first:
                 with processes.alone():
-                    one = seconds(plan, copy.deepcopy(state), 4)
+                    one = seconds(*copy.deepcopy((plan, state)), 4)  # together: the state holds the plan's weights
             processes.broadcast(None)  # the other one waits
             two = seconds(plan, state, 4)
             if turn and first:
