@@ -23,15 +23,19 @@ def mean(values: np.ndarray) -> str:
 
 def main(folder: Path) -> None:
     found: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(dict)
-    high = {}
+    high = defaultdict(list)
     for file in sorted(folder.glob("runs/*/summary.json")):
         summary, said = json.loads(file.read_text()), dict(part.split("=") for part in file.parent.name.split(","))
         signed = [summary[name]["detail"]["signed"] for name in MEASURED]
         found[said["data"], said["output"], said["noise"]][int(said["seed"])] = signed
-        high[said["data"]] = [summary[name]["floor_high"] for name in MEASURED]
+        high[said["data"]].append([summary[name]["floor_high"] for name in MEASURED])
     values = {key: np.array([rows[seed] for seed in sorted(rows)]) for key, rows in found.items()}
     for data, floors in high.items():
-        print(f"| {data}: `floor_high` | " + " | ".join(f"{value:.2f}" for value in floors) + " |")
+        print(
+            f"| {data}: `floor_high`, median of the runs | "
+            + " | ".join(f"{value:.2f}" for value in np.median(floors, 0))
+            + " |"
+        )
         for (of, output, noise), rows in values.items():
             if of == data:
                 print(f"| {noise}, {output} | {mean(rows)} |")
