@@ -25,7 +25,9 @@ LAUNCHERS = {
 PARTS = {
     "python": "pass",
     "import torch": "import torch",
-    "and the rest of scoresde train": "import scoresde_cli.commands.train",
+    "torch, and an optimizer (torch._dynamo)": "import torch; torch.optim.Adam([torch.zeros(1, requires_grad=True)])",
+    "scipy.stats": "import scipy.stats",
+    "torch, and all that scoresde train names": "import scoresde_cli.commands.train",
 }
 
 
@@ -38,7 +40,7 @@ def imports() -> None:
             subprocess.run([sys.executable, "-c", code], check=True)
             found[name].append(time.perf_counter() - began)
     for name, seconds in found.items():
-        print(f"{name:<32}{statistics.median(seconds):6.2f} s", flush=True)
+        print(f"{name:<42}{statistics.median(seconds):6.2f} s", flush=True)
 
 
 def measure(launcher: str, folder: Path, jobs: int) -> None:
