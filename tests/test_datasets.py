@@ -200,6 +200,7 @@ def test_arrays_of_any_shape_are_data(tmp_path):
         ("", Unreadable, "empty"),
         ("a,b\n", Unreadable, "no rows"),
         ("a,b\n1,2\n", Unreadable, "1 row"),
+        ("a;b\n" + "1;2,5\n" * 30, Unreadable, r"'b' does not hold numbers.*'2,5'.*decimal comma, expected a point"),
         ("a,b\n" + "1,x\n" * 30, Unreadable, r"'b' does not hold numbers.*'x'.*data.columns=\[a\]"),
         ("a,a\n" + "1,2\n" * 30, Unreadable, "more than once"),
         ("a,b\n" + "1,2\n" * 30, Unreadable, "constant"),

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +172,8 @@ def read_frame(file: Path, columns: list[str] | None, labels: str | None) -> Rea
         numeric = [name for name in frame.columns if name not in text]
         bad = frame[text[0]].dropna()
         example = f" (for instance {str(bad.iloc[0])[:40]!r})" if len(bad) else " (it is empty)"
+        if len(bad) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", str(bad.iloc[0])):
+            example += ": a decimal comma, expected a point"
         hint = f"; keep the others with data.columns=[{','.join(numeric)}]" if numeric else ""
         raise Unreadable(f"data.path={file}: column {text[0]!r} does not hold numbers{example}{hint}")
     return torch.from_numpy(frame.to_numpy(dtype=np.float64, na_value=np.nan).copy()), list(frame.columns), words
