@@ -18,6 +18,22 @@ def remembered(parts: Parts) -> float:
     return float((alpha.square() * lam / sigma.square()).max())
 
 
+def lonely(parts: Parts) -> str | None:
+    """What one row does to the scale of a column: it is wrong, or the law has tails that no score here is right about."""
+    if parts.data.kind == "image":
+        return None
+    x = parts.data.splits["train"].flatten(1)
+    mean, var = x.mean(0), x.var(0, correction=0)
+    share, column = (torch.maximum(x.amax(0) - mean, mean - x.amin(0)).square() / (len(x) * var)).max(0)
+    if share < 0.5:
+        return None
+    names = parts.data.columns or [f"coordinate {i}" for i in range(x.shape[1])]
+    return (
+        f"one row holds {100 * float(share):.0f} percent of the variance of {names[int(column)]} in the training data, and the "
+        "others stand close together beside it: is it a mistake?"
+    )
+
+
 def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
     """(notes, warnings): what the user should know before the work starts, a line each."""
     loss, d, s = parts.loss, parts.d, parts.settings
@@ -57,6 +73,8 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
         )
     if loss.second_order and parts.model.parameterisation.warning:
         warnings.append(parts.model.parameterisation.warning)
+    if far := lonely(parts):
+        warnings.append(far)
     left = remembered(parts)
     if left > 0.05:
         warnings.append(

@@ -1,6 +1,7 @@
 """Contract of every data set, exactness of the oracles, and the user's own tables."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from scipy import stats
 
 from scoresde_cli import configs
+from scoresde_cli.advice import lonely
 from scoresde_cli.compose import build
 from scoresde_cli.datasets.digits import Digits
 from scoresde_cli.datasets.heavy import AlphaStable, LaplaceMixture, StudentT
@@ -294,3 +296,22 @@ def test_small_units_are_not_taken_for_a_constant(tmp_path):
         np.save(tmp_path / "x.npy", u * [1.0, unit])
         found.append(Table(str(tmp_path / "x.npy")).everything())
     assert torch.allclose(*(x.sort(0).values for x in found), atol=1e-6)  # float32
+
+
+def test_one_row_far_from_all_others_is_pointed_out(tmp_path):
+    rows, said = np.random.default_rng(0).normal(size=(2000, 2)), []
+    for place in range(8):
+        u = rows.copy()
+        u[place, 1] = 1e6
+        pd.DataFrame(u, columns=["near", "far"]).to_csv(tmp_path / "x.csv", index=False)
+        table = Table(str(tmp_path / "x.csv"))
+        said.append(lonely(SimpleNamespace(data=table)))
+        assert (said[-1] is not None) == (
+            table.splits["train"].abs().max() > 30
+        )  # whether it is among the training rows
+    assert any(line and line.startswith("one row holds 100 percent of the variance of far") for line in said)
+    for law in (
+        Table(str(frame(200).to_csv(tmp_path / "y.csv", index=False) or tmp_path / "y.csv")),
+        StudentT(n=4000, d=2),
+    ):
+        assert lonely(SimpleNamespace(data=law)) is None
