@@ -63,7 +63,7 @@ class SSM(Loss):
             return ISM(self.weighting, self.half, self.times, self.t_min)
         from scoresde_cli.losses.ssm_vr import SSMVR
 
-        return SSMVR(Rademacher(), 16, self.weighting, self.half, self.times, self.t_min)
+        return SSMVR(Rademacher(), 4, self.weighting, self.half, self.times, self.t_min)
 
     def convention(self, d: int | None = None) -> str:
         n = "auto" if self.automatic else self.n_proj
