@@ -114,7 +114,7 @@ def test_two_processes_give_the_run_of_one_and_when_one_is_killed_both_end_and_t
     ]
     code, _, err = cli("train", *argv, "dir=one")
     assert code == 0, err
-    first, other = both = start(2, tmp_path, *argv, "dir=two")
+    first, other = start(2, tmp_path, *argv, "eval.figures=true", "dir=two")
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("two/checkpoints/step-*")) and time.monotonic() < limit:
         time.sleep(0.02)
@@ -127,14 +127,14 @@ def test_two_processes_give_the_run_of_one_and_when_one_is_killed_both_end_and_t
     assert "process 1 of the 2 of this run has ended" in said
     assert "train resume=two" in said
     assert json.loads((tmp_path / "two/run.json").read_text())["status"] == "failed"
-    both = start(2, tmp_path, "resume=two")
+    both = start(2, tmp_path, "resume=two")  # to the end, with the figures that the first process draws by itself
     said, silence = (process.communicate(timeout=300)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0], said + silence
     assert silence == ""
     one, two = (read_rows(tmp_path / run / "metrics.jsonl") for run in ("one", "two"))
     assert [row["step"] for row in two] == list(range(1, 301))
-    # Sums in another order: 1e-16 a step, which training carries on; the losses are kept in float32.
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-6)
+    # Sums in another order: 1e-16 a step, which training carries on.
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-9)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-7, atol=1e-9)
     one, two = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("one", "two"))
     for name in set(one) - {"train_seconds", "steps_per_second", "peak_memory_mb"}:

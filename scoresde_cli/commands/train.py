@@ -317,7 +317,8 @@ def conclude(run: RunDir, parts: Parts, state: TrainState, trackers: list[Tracke
         last = evaluation.plain(curve[-1][chooser.name], chooser.unit, step=state.step)
         summary[chooser.name] = last | chooser.facts | {"curve": curve}
     write_samples(run.path / "samples.npz", parts.data, [samples.x], len(samples.x), overwrite=True)
-    figures = draw(run, parts, model, found, samples.x.cpu(), baseline) if s.eval["figures"] else []
+    with processes.alone():  # the others are done
+        figures = draw(run, parts, model, found, samples.x.cpu(), baseline) if s.eval["figures"] else []
     run.write("summary.json", summary)
     for each in trackers:
         each.summary(summary, figures)
