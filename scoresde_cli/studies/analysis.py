@@ -164,7 +164,13 @@ def differing(cells: Sequence[Cell], metric: str) -> str | None:
 
 
 def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
-    """One metric over the settings; its entries share a protocol."""
+    """One metric over the settings that have it; its entries share a protocol."""
+    without = [
+        name
+        for name, group in named.items()
+        if all(cell.status == "finished" and metric not in cell.summary for cell in group)
+    ]
+    named = {name: group for name, group in named.items() if name not in without}
     entries = [cell.summary[metric] for group in named.values() for cell in group if cell.number(metric) is not None]
     rows = [row(metric, name, group) for name, group in named.items()]
     complete = [each for each in rows if each.complete]
@@ -174,7 +180,7 @@ def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
         f"{each.label}: {len(each.values)} of {finished[each.label]} finished runs have a finite number; not compared"
         for each in rows
         if len(each.values) < finished[each.label]
-    ]
+    ] + [f"{name}: no run of it has this number" for name in without]
     dropped = sorted({seed for each in complete for seed in each.values} - set(seeds))
     if dropped:
         notes.append(

@@ -179,7 +179,8 @@ class JumpStudy(GridStudy):
         facts = read[0][1]["facts"]
         table = Table(
             "Known fields: sliced Wasserstein distance over floor_high", ["jumps", *names, "reverse jumps a path"], rows,
-            f"{facts['n']} samples, {facts['steps']} steps; 95 percent of fresh data are below 1.",
+            f"{facts['n']} samples, {facts['steps']} steps; 95 percent of fresh data are below 1. A step takes one reverse jump at "
+            "most, so of many some are missed.",
         )  # fmt: skip
 
         def worst(field: str, least: bool = False) -> float:
