@@ -81,6 +81,11 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
             f"at T one direction still holds {left:.2g} times as much variance of the data as of noise, and the prior knows "
             "nothing of it: take a larger sde.beta_max, sde.sigma=data, or sde.drift=isotropic"
         )
+    if parts.sde.jumps is not None and parts.sde.kernel() is None and parts.optimizer.lr > 1e-3:
+        warnings.append(
+            f"jumps beside a drift that is known by its paths, with optimizer.lr={parts.optimizer.lr:g}: the flux is great where "
+            "few samples are, and runs diverge; optimizer.lr=1e-3 sde.refresh=8 held"
+        )
     if parts.sde.jumps is not None:
         first = torch.full((1,), s.t_min)
         share = float(parts.sde.jumps.rate(first)) * s.t_min

@@ -1,5 +1,7 @@
 """Processes known by simulation alone: their levels, paths, prior, reversal; training from the pool."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from scoresde_cli.datasets.jump_oracle import JumpOracle
 from scoresde_cli.datasets.oracle import Oracle
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.likelihood import log_prob
@@ -19,10 +22,13 @@ from scoresde_cli.samplers.heun_ode import HeunODE
 from scoresde_cli.sdes.base import SDE
 from scoresde_cli.sdes.custom import Custom
 from scoresde_cli.sdes.double_well import DoubleWell
+from scoresde_cli.sdes.jump_diffusion import JumpDiffusion
+from scoresde_cli.sdes.poisson import PoissonKeys
 from scoresde_cli.sdes.vp import VP
 from scoresde_cli.training.paths import Paths
 from tests.conftest import NO_FIGURES, SMALL
 from tests.laws import three_modes
+from tests.test_jumps import plane
 
 F64 = torch.float64
 LAW, OU = three_modes(), VP(4.0, 4.0)
@@ -211,6 +217,78 @@ def test_samplers_and_likelihoods_of_a_linear_process_are_those_of_its_kernel():
     true = LAW.sample(200_000, generator(5, "true"))
     assert float(((drawn.mean(0) - true.mean(0)) / true.std(0)).abs().max()) < 4 / 64 + 0.02  # and of the 10,000 rows
     assert float((drawn.var(0) / true.var(0) - 1).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_jumps_beside_a_simulated_drift_have_their_law(joint):
+    """x_t of a linear drift, noise and Laplace jumps by its paths and by its kernel: 17 z-scores, and Euler's bias of 1 percent."""
+    keys = {"rate": 4.0, "amplitude": "laplace", "scale": 0.7, "joint": joint}
+    sde, exact = custom(jumps=keys), JumpDiffusion(OU, **keys)
+    x0, t = torch.tensor([[1.0, -0.5]], dtype=F64).expand(40_000, 2), torch.full((40_000,), 0.3, dtype=F64)
+    draws = [process.perturb(x0, t, generator(i, "x")).x_t for i, process in enumerate((sde, exact))]
+    centre = draws[1].mean(0)
+    for of in (
+        lambda x: x, torch.square, torch.cos, lambda x: torch.cos(3 * x), lambda x: x.abs() > 2.0,
+        lambda x: (x - centre).abs().prod(1, keepdim=True),  # large where both coordinates have jumped at once
+    ):  # fmt: skip
+        found, wanted = (of(x).double() for x in draws)
+        error = ((found.var(0) + wanted.var(0)) / len(t)).sqrt()
+        gap = (found.mean(0) - wanted.mean(0)).abs()
+        assert bool((gap < 4 * error + 0.01 * wanted.abs().mean(0)).all()), gap / error
+
+
+def test_paths_that_are_made_to_jump_early_weigh_what_they_should():
+    """The share of first jumps before t, and the mean of x_t^2, from weighted paths and from paths as they come: z-scores."""
+    law = PoissonKeys(rate=4.0, scale=0.7)
+    when, weight = law.first(100_000, 1e-3, 1.0, generator(0, "first"))
+    for t in (2e-3, 0.02, 0.2, 0.9):
+        counted = weight * (when < t)
+        assert abs(float(counted.mean()) - (1 - math.exp(-4.0 * t))) < 4 * float(counted.std()) / len(when) ** 0.5
+    assert float((when < 0.02).double().mean()) > 0.2  # of 0.08 by themselves
+    sde, times = custom(jumps={"rate": 4.0, "scale": 0.7}), torch.tensor([0.01, 0.1, 0.6], dtype=F64)
+    x0 = torch.zeros(40_000, 2, dtype=F64)
+    made = sde.visit(x0, times, generator(1, "x"), when[:40_000])
+    for one, other in zip(made, sde.visit(x0, times, generator(2, "x")), strict=True):
+        found, wanted = (weight[:40_000, None] * one.square()), other.square()
+        error = ((found.var(0) + wanted.var(0)) / len(x0)).sqrt()
+        assert bool(((found.mean(0) - wanted.mean(0)).abs() < 4 * error).all())
+
+
+def test_with_jumps_the_flow_of_a_simulated_process_needs_the_flux():
+    """The exact fields of a mixture under a linear drift with jumps, the process by its paths: the data again; without, not."""
+    keys = {"rate": 4.0, "scale": 0.7}
+    law = plane()
+    sde, exact = custom(train=law.sample(20_000, generator(0, "rows")).float(), jumps=keys), JumpDiffusion(OU, **keys)
+
+    class Paired(JumpOracle):
+        def __init__(self, heard=1.0):
+            super().__init__(law, exact)
+            self.sde, self.heard = sde, heard
+
+        def fields(self, x, t, names):
+            found = super().fields(x, t, {"score", "flux", "x0"})
+            return found | {"velocity": sde.velocity(x, t, found["score"], self.heard * found["flux"])}
+
+    true = law.sample(200_000, generator(5, "true"))
+    drawn, deaf = (HeunODE(steps=60).sample(Paired(heard), sde, (2,), 4096, 0, dtype=F64).x for heard in (1.0, 0.0))
+    assert float(((drawn.mean(0) - true.mean(0)) / true.std(0)).abs().max()) < 4 / 64 + 0.02  # and of the 10,000 rows
+    assert float((drawn.var(0) / true.var(0) - 1).abs().max()) < 0.1
+    assert float((deaf.var(0) / true.var(0) - 1).abs().max()) > 0.2
+
+
+def test_a_nonlinear_process_with_jumps_trains_by_the_implicit_flux(tmp_path, cli):
+    keys = ["sde=double_well", "sde.jumps.rate=4", "sde.steps=40", "sampler=heun_ode", *SMALL, *NO_FIGURES]
+    code, _, err = cli("train", *keys)
+    assert code == 2
+    assert "implicit_flux" in err
+    assert cli("train", *keys, "sde.jumps.rate=-1")[2].startswith("scoresde: sde.jumps.rate=-1: expected")
+    code, _, err = cli(
+        "train", *keys, "loss=implicit_flux", "eval.metrics=[nll]", "eval.nll.rows=20", "steps=20", "dir=run"
+    )
+    assert code == 0, err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["loss"]["protocol"]["sde"]["jumps.rate"] == 4.0
+    assert math.isfinite(summary["nll"]["value"])
 
 
 def test_the_way_back_does_not_leave_for_infinity():

@@ -45,7 +45,7 @@ class FlowModel(ScoreModel):
     """score(x, t), and with a second network velocity and flux.
 
     `x0` is (x + sigma^2 score) / alpha with the sigma of the Gaussian noise alone: E[x_t without it | x_t] (Tweedie's formula),
-    which keeps the jumps; without jumps it is E[x_0 | x_t].
+    which keeps the jumps; without jumps it is E[x_0 | x_t]. Where no law of x_t given x_0 is known, the flow's last step x - t v.
 
     Args:
         network: the score's, or a Pair of it and of the network of the field that is carried.
@@ -118,7 +118,8 @@ class FlowModel(ScoreModel):
         return found
 
     def _denoised(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
-        assert self.quiet is not None
+        if self.quiet is None:
+            return x - expand(t, x) * self.velocity(x, t)
         alpha, sigma = expand(self.quiet.alpha(t), x), expand(self.quiet.sigma(t), x)
         return (x + sigma.square() * score) / alpha
 

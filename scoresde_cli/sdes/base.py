@@ -287,13 +287,26 @@ class SDE(ABC):
             now = dt * i
             noise = self.diffusion(now, x).mul(normal(tuple(x.shape), generator, x.dtype))
             step = expand(dt, x) * self.drift(x, now) + expand(dt.sqrt(), x) * noise
-            if self.jumps is not None:
-                counts = torch.poisson(self.jumps.rate(now) * dt, generator=generator).long()
-                for k in range(int(counts.max())):
-                    amplitude = self.jumps.sample(len(x), tuple(x.shape[1:]), now, generator)
-                    step = step + expand((counts > k).to(x.dtype), x) * amplitude
-            x = x + step
+            x = x + step + self.leap(x, now, dt, generator)
         return x
+
+    def leap(self, x: Tensor, t: Tensor, h: Tensor, generator: torch.Generator, first: Tensor | None = None) -> Tensor:
+        """The sum of the jumps of a step of h (B,) from t (B,), like x (B, *D); nothing where the process has none.
+
+        `first` (B,): when the first of joint jumps comes, where that is settled.
+        """
+        if self.jumps is None:
+            return torch.zeros_like(x)
+        if not self.jumps.joint:  # each coordinate by itself
+            t, h = (each.repeat_interleave(x[0].numel()) for each in (t, h))
+        moved = torch.zeros_like(x if self.jumps.joint else x.reshape(-1, 1))
+        counts = torch.poisson(self.jumps.rate(t) * h, generator=generator)
+        if first is not None:
+            counts = torch.where(t >= first, counts, (t + h > first).to(counts))
+        for k in range(int(counts.max())):
+            amplitude = self.jumps.sample(len(moved), tuple(moved.shape[1:]), t, generator)
+            moved += expand((counts > k).to(x), moved) * amplitude
+        return moved.view_as(x)
 
 
 class LinearSDE(SDE):

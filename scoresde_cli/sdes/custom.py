@@ -1,6 +1,7 @@
-"""A process of the user's own: drift and noise are classes with `__call__(x, t)`, named in the config."""
+"""A process of the user's own: drift and noise are classes with `__call__(x, t)`, named in the config; with jumps if asked for."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -12,19 +13,19 @@ from scoresde_cli.sdes.simulated import Simulated
 
 
 class Custom(Simulated):
-    """dx = f(x, t) dt + G(x, t) dW (Ito).
+    """dx = f(x, t) dt + G(x, t) dW + dJ (Ito).
 
     Args:
         drift: f, an object that is called with x (B, *D) and t (B,) and gives (B, *D).
         diffusion: G, a positive number or an object that is called in the same way and gives numbers (B,), a diagonal (B, *D) or
             matrices (B, d, d). It may depend on x.
-        T, steps, paths, refresh: as for every simulated process.
+        T, steps, paths, refresh, jumps: as for every simulated process.
     """
 
     def __init__(
         self, drift: object, diffusion: PositiveFloat | object = 1.0, T: PositiveFloat = 1.0, steps: PositiveInt = 200,
-        paths: PositiveInt = 2048, refresh: PositiveInt = 100, *, shape: tuple[int, ...], train: Tensor | None = None,
-        kept: Mapping[str, Tensor] | None = None,
+        paths: PositiveInt = 2048, refresh: PositiveInt = 100, jumps: Mapping[str, Any] | None = None, *,
+        shape: tuple[int, ...], train: Tensor | None = None, kept: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         for name, part in (("drift", drift), ("diffusion", diffusion)):
             if not callable(part) and not (name == "diffusion" and isinstance(part, int | float) and part > 0):
@@ -34,7 +35,7 @@ class Custom(Simulated):
                 )
         self.f, self.G = drift, diffusion
         self.check(shape)
-        super().__init__(T, steps, paths, refresh, shape=shape, train=train, kept=kept)
+        super().__init__(T, steps, paths, refresh, jumps, shape=shape, train=train, kept=kept)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ScoreSDEError where drift or diffusion fail, or return another shape than they should."""

@@ -7,6 +7,7 @@ prior is simulated and knows the law at T in any case, and the longer the way ba
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -22,17 +23,17 @@ class DoubleWell(Simulated):
     Args:
         rate: r, how steep the wells are. well: w, where they are, at -w and w.
         beta_min, beta_max: as for VP.
-        steps, paths, refresh: as for every simulated process.
+        steps, paths, refresh, jumps: as for every simulated process.
     """
 
     def __init__(
         self, rate: PositiveFloat = 1.0, well: PositiveFloat = 1.0, beta_min: PositiveFloat = 0.1, beta_max: PositiveFloat = 6.0,
-        steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100, *, shape: tuple[int, ...],
-        train: Tensor | None = None, kept: Mapping[str, Tensor] | None = None,
+        steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100, jumps: Mapping[str, Any] | None = None,
+        *, shape: tuple[int, ...], train: Tensor | None = None, kept: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.rate, self.well, self.schedule = rate, well, VP(beta_min, beta_max)
         self.beta_min, self.beta_max = beta_min, beta_max
-        super().__init__(self.schedule.T, steps, paths, refresh, shape=shape, train=train, kept=kept)
+        super().__init__(self.schedule.T, steps, paths, refresh, jumps, shape=shape, train=train, kept=kept)
 
     def drift(self, x: Tensor, t: Tensor) -> Tensor:
         return expand(0.5 * self.rate * self.schedule.beta(t), x) * x * (1.0 - (x / self.well).square())
@@ -46,7 +47,7 @@ class DoubleWell(Simulated):
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Of the stationary law where that has been reached, else as for every simulated process."""
-        if float(self.kept["levels"][-1, 0]) > 0.05:  # how much of x_0 is left at T
+        if self.jumps is not None or float(self.kept["levels"][-1, 0]) > 0.05:  # how much of x_0 is left at T
             return super().prior_log_prob(x)
         reach = 2.0 * self.well + 8.0 / math.sqrt(self.rate)
         grid = torch.linspace(-reach, reach, 20_001, dtype=torch.float64)

@@ -19,7 +19,7 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import normal, uniform
 from scoresde_cli.sdes.base import Jumps, Kernel, LinearSDE, Moments, Noised
 from scoresde_cli.sdes.operators import LinearOperator, Scalar, expand
-from scoresde_cli.sdes.scale_mixture import LAWS, Amplitude, Law, StudentAmplitude, check
+from scoresde_cli.sdes.scale_mixture import Amplitude, Law, amplitude_of
 from scoresde_cli.sdes.scale_table import Coefficients, Read, ScaleTable
 from scoresde_cli.sdes.subvp import SubVP
 from scoresde_cli.sdes.ve import VE
@@ -48,8 +48,6 @@ class JumpDiffusion(LinearSDE):
         rate_end: NonNegativeFloat | None = None, amplitude: Law | Amplitude = "gaussian", scale: PositiveFloat = 1.0,
         nu: PositiveFloat = 5.0, joint: bool = True,
     ) -> None:  # fmt: skip
-        if amplitude == "student_t" and nu <= 2:
-            raise ScoreSDEError(f"sde.nu={nu}: expected more than 2, or the noise has no variance")
         self.base = BASES[base]() if isinstance(base, str) else base
         self.T, self.joint = self.base.T, joint
         self.rates = (rate, rate if rate_end is None else rate_end)
@@ -58,11 +56,7 @@ class JumpDiffusion(LinearSDE):
                 f"sde.rate={rate}: expected at most {MOST_JUMPS:g} jumps on the way; so many small ones are a diffusion, "
                 "take the base with more noise"
             )
-        if isinstance(amplitude, Amplitude):
-            check(amplitude)
-            self.amplitude = amplitude
-        else:
-            self.amplitude = StudentAmplitude(scale, nu) if amplitude == "student_t" else LAWS[amplitude](scale)
+        self.amplitude = amplitude_of(amplitude, scale, nu)
         self.coefficients = Coefficients(
             self.base.alpha, self.base.sigma, self.rate, self.expected, self.amplitude, self.T
         )
@@ -153,12 +147,6 @@ class JumpDiffusion(LinearSDE):
     def prior_log_prob(self, x: Tensor) -> Tensor:
         t = torch.full((1,), self.T, device=x.device, dtype=x.dtype).expand(len(x))
         return self.conditional(x, t).log_p.flatten(1).sum(1)
-
-    def simulate(self, x0: Tensor, t: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-        if self.joint:
-            return super().simulate(x0, t, steps, generator)
-        each = t.repeat_interleave(x0[0].numel())  # drift and noise act by coordinate: each is a process of its own
-        return super().simulate(x0.reshape(-1, 1), each, steps, generator).view_as(x0)
 
 
 class JumpKernel(Kernel):

@@ -199,3 +199,13 @@ Law = Literal["gaussian", "laplace", "student_t"]
 LAWS: dict[str, Callable[[float], Amplitude]] = {
     "gaussian": GaussianAmplitude, "laplace": LaplaceAmplitude, "student_t": StudentAmplitude,
 }  # fmt: skip
+
+
+def amplitude_of(law: Law | Amplitude, scale: float, nu: float, where: str = "sde.") -> Amplitude:
+    """The law that the keys describe, or one of the user's own, checked."""
+    if isinstance(law, Amplitude):
+        check(law)
+        return law
+    if law == "student_t" and nu <= 2:
+        raise ScoreSDEError(f"{where}nu={nu}: expected more than 2, or the noise has no variance")
+    return StudentAmplitude(scale, nu) if law == "student_t" else LAWS[law](scale)

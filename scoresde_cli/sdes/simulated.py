@@ -1,4 +1,4 @@
-"""Processes that are known by drift and noise alone: any dx = f(x, t) dt + G(x, t) dW (Ito), without a law of x_t given x_0.
+"""Processes that are known by drift and noise alone: any dx = f(x, t) dt + G(x, t) dW + dJ (Ito), without a law of x_t given x_0.
 
 All that is needed besides is simulated. Euler-Maruyama in `steps` steps over [0, T], the drift's part of a step tamed,
 
@@ -19,16 +19,19 @@ and a nonlinear drift that is followed backwards there, without the score that g
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from scoresde_cli.checks import check_call
 from scoresde_cli.divergence import weighted_trace
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import generator, normal
-from scoresde_cli.sdes.base import SDE, Levels, Noised
+from scoresde_cli.sdes.base import SDE, Levels, Moments, Noised
 from scoresde_cli.sdes.operators import LinearOperator, expand
+from scoresde_cli.sdes.poisson import PoissonKeys
 
 ROWS = 10_000  # of the training data that a process keeps
 PATHS = 4096  # for levels and densities
@@ -70,16 +73,23 @@ class Simulated(SDE):
     Args:
         T: time horizon. steps: of a simulation over [0, T].
         paths, refresh: a pool of so many simulated paths feeds training, simulated anew every `refresh` training steps.
+        jumps: of the Poisson part J (poisson.PoissonKeys); none at rate 0.
         shape: D of the data. train: the training data. kept: what a run remembers of it (rows, levels).
     """
 
     remedy = "heun_ode, euler_ode, dopri5 and euler_maruyama work"
 
     def __init__(
-        self, T: PositiveFloat = 1.0, steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100, *,
-        shape: tuple[int, ...], train: Tensor | None = None, kept: Mapping[str, Tensor] | None = None,
+        self, T: PositiveFloat = 1.0, steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100,
+        jumps: Mapping[str, Any] | None = None, *, shape: tuple[int, ...], train: Tensor | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.T, self.steps, self.paths, self.refresh = T, steps, paths, refresh
+        check_call(PoissonKeys, jumps or {}, "sde.jumps")
+        self.poisson = PoissonKeys(**(jumps or {}))
+        self.jumps = self.poisson.jumps()
+        if self.jumps is not None:
+            vars(self).update({f"jumps.{name}": value for name, value in vars(self.poisson).items()})  # for protocols
         self.kept = dict(kept or {})
         d = int(torch.Size(shape).numel())
         self.varies = self._noise_varies(shape)
@@ -88,6 +98,10 @@ class Simulated(SDE):
             rows = torch.zeros(1, d) if train is None else train.flatten(1)[:ROWS].float()
             levels, box = self._measure(rows.reshape(-1, *shape))
             self.kept |= {"rows": rows.contiguous(), "levels": levels, "box": box}
+            if self.jumps is not None:  # what the noise alone does
+                self.jumps = None
+                self.kept["quiet"] = self._measure(rows.reshape(-1, *shape))[0]
+                self.jumps = self.poisson.jumps()
 
     @abstractmethod
     def diffusion(self, t: Tensor, x: Tensor | None = None) -> LinearOperator:
@@ -99,21 +113,23 @@ class Simulated(SDE):
         with torch.enable_grad():
             return bool(self.diffusion(torch.full((2,), 0.5 * self.T), x).mul(torch.ones(2, *shape)).requires_grad)
 
-    def advance(self, x: Tensor, t: Tensor, h: Tensor, source: torch.Generator) -> Tensor:
-        """x at t + h from x (B, *D) at t (B,), by one tamed Euler-Maruyama step of h (B,)."""
+    def advance(self, x: Tensor, t: Tensor, h: Tensor, source: torch.Generator, first: Tensor | None = None) -> Tensor:
+        """x at t + h from x (B, *D) at t (B,), by one tamed Euler-Maruyama step of h (B,); `first` as for `leap`."""
         pull = expand(h, x) * self.drift(x, t)
         noise = self.diffusion(t, x).mul(normal(tuple(x.shape), source, x.dtype))
-        return x + pull / (1.0 + pull.square()).sqrt() + expand(h.sqrt(), x) * noise
+        return x + pull / (1.0 + pull.square()).sqrt() + expand(h.sqrt(), x) * noise + self.leap(x, t, h, source, first)
 
     @torch.no_grad()
-    def visit(self, x0: Tensor, times: Tensor, source: torch.Generator) -> Iterator[Tensor]:
+    def visit(
+        self, x0: Tensor, times: Tensor, source: torch.Generator, first: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Paths from x0 (P, *D) at ascending times (m,), one (P, *D) after the other; steps of at most T / steps."""
         x, now = x0, 0.0
         for then in times.tolist():
             count = max(1, math.ceil((then - now) * self.steps / self.T - 1e-6)) if then > now else 0
             h = torch.full((len(x0),), (then - now) / max(count, 1), dtype=x0.dtype, device=x0.device)
             for i in range(count):
-                x = self.advance(x, torch.full_like(h, now + i * (then - now) / count), h, source)
+                x = self.advance(x, torch.full_like(h, now + i * (then - now) / count), h, source, first)
             now = then
             yield x
 
@@ -128,6 +144,12 @@ class Simulated(SDE):
 
     def levels(self) -> MeasuredLevels:
         return MeasuredLevels(self.kept["levels"], self.T)
+
+    def scales(self, t: Tensor, d: int) -> dict[str, Moments]:
+        if self.jumps is None:
+            return super().scales(t, d)
+        quiet = MeasuredLevels(self.kept["quiet"], self.T)
+        return self.poisson.moments(t, self.levels().sigma(t), quiet.sigma(t))
 
     def _measure(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The table of levels, and the box (2, d) of all paths with a tenth of its width added.
@@ -166,12 +188,10 @@ class Simulated(SDE):
         return torch.minimum(torch.maximum(x, low), high)
 
     def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor, flux: Tensor | None = None) -> Tensor:
-        y = self.within(x)
-        return self.drift(y, t) - self.diffusion(t, y).cov(score) - self.div_sigma(y, t)
+        return super().reverse_drift(self.within(x), t, score, flux)
 
     def velocity(self, x: Tensor, t: Tensor, score: Tensor, flux: Tensor | None = None) -> Tensor:
-        y = self.within(x)
-        return self.drift(y, t) - 0.5 * self.diffusion(t, y).cov(score) - 0.5 * self.div_sigma(y, t)
+        return super().velocity(self.within(x), t, score, flux)
 
     def known_divergence(self, x: Tensor, t: Tensor) -> Tensor:
         def field(y: Tensor, s: Tensor) -> Tensor:
@@ -203,6 +223,7 @@ class Simulated(SDE):
         h = self.T / LAST
         (y,) = self.visit(start, torch.tensor([self.T - h]), source)
         t = torch.full((PATHS,), self.T - h, dtype=torch.float64, device=x.device)
+        y = y + self.leap(y, t, torch.full_like(t, h), source)
         mean, G = y + h * self.drift(y, t), self.diffusion(t, y)
         scale = G.logdet(d) + 0.5 * d * math.log(2 * math.pi * h) + math.log(PATHS)
 

@@ -34,7 +34,11 @@ class Paths:
         source = generator(self.seed, "paths", number, device=self.train.device)
         t = draw_times(self.loss.times, self.times, self.loss.t_min, self.sde.T, source).double().sort().values
         self.rows = torch.randint(len(self.train), (self.count,), generator=source, device=self.train.device)
-        self.x = torch.stack(list(self.sde.visit(self.train[self.rows], t, source)))
+        first, self.weight = None, None
+        if self.sde.jumps is not None and self.sde.jumps.joint:
+            first, weight = self.sde.poisson.first(self.count, self.loss.t_min, self.sde.T, source)
+            self.weight = weight.to(self.train.dtype)
+        self.x = torch.stack(list(self.sde.visit(self.train[self.rows], t, source, first)))
         self.t, self.number = t.to(self.train.dtype), number
 
     def draw(self, step: int, n: int, source: torch.Generator) -> tuple[Tensor, Tensor, Noised]:
@@ -44,7 +48,8 @@ class Paths:
         u = (torch.arange(n, device=self.train.device) + uniform((n,), source)) / n
         when = (u * self.times).long().clamp_max(self.times - 1)
         which = torch.randint(self.count, (n,), generator=source, device=self.train.device)
-        return self.rows[which], self.t[when], Noised(self.x[when, which])
+        aux = {} if self.weight is None else {"weight": self.weight[which]}
+        return self.rows[which], self.t[when], Noised(self.x[when, which], aux=aux)
 
 
 def pool(sde: SDE, loss: Loss, train: Tensor, seed: int) -> Paths | None:
