@@ -277,7 +277,15 @@ def test_with_jumps_the_flow_of_a_simulated_process_needs_the_flux():
 
 
 def test_a_nonlinear_process_with_jumps_trains_by_the_implicit_flux(tmp_path, cli):
-    keys = ["sde=double_well", "sde.jumps.rate=4", "sde.steps=40", "sampler=heun_ode", *SMALL, *NO_FIGURES]
+    keys = [
+        "sde=double_well",
+        "sde.jumps.rate=4",
+        "sde.steps=20",
+        "sde.paths=256",
+        "sampler=heun_ode",
+        *SMALL,
+        *NO_FIGURES,
+    ]
     code, _, err = cli("train", *keys)
     assert code == 2
     assert "implicit_flux" in err

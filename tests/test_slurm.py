@@ -139,7 +139,10 @@ def test_preemption_requeue_time_outs_and_the_loss_of_a_node_change_no_bit(slurm
     ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cut.append(name)
     until(lambda: "down" in ask("sinfo", "-h", "-N", "-n", node, "-o", "%T"))
-    ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    subprocess.run(
+        ["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False
+    )  # refused where it came by itself
+    until(lambda: "down" not in ask("sinfo", "-h", "-N", "-n", node, "-o", "%T"))
     # The parent may be killed, and the same command finds its jobs.
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()

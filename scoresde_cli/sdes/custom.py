@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.sdes.operators import Diagonal, LinearOperator, Matrix, Scalar
+from scoresde_cli.sdes.poisson import NONE
 from scoresde_cli.sdes.simulated import Simulated
 
 
@@ -24,7 +25,7 @@ class Custom(Simulated):
 
     def __init__(
         self, drift: object, diffusion: PositiveFloat | object = 1.0, T: PositiveFloat = 1.0, steps: PositiveInt = 200,
-        paths: PositiveInt = 2048, refresh: PositiveInt = 100, jumps: Mapping[str, Any] | None = None, *,
+        paths: PositiveInt = 2048, refresh: PositiveInt = 100, jumps: Mapping[str, Any] = NONE, *,
         shape: tuple[int, ...], train: Tensor | None = None, kept: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         for name, part in (("drift", drift), ("diffusion", diffusion)):

@@ -14,6 +14,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from scoresde_cli.sdes.operators import Scalar, expand
+from scoresde_cli.sdes.poisson import NONE
 from scoresde_cli.sdes.simulated import Simulated
 from scoresde_cli.sdes.vp import VP
 
@@ -28,7 +29,7 @@ class DoubleWell(Simulated):
 
     def __init__(
         self, rate: PositiveFloat = 1.0, well: PositiveFloat = 1.0, beta_min: PositiveFloat = 0.1, beta_max: PositiveFloat = 6.0,
-        steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100, jumps: Mapping[str, Any] | None = None,
+        steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100, jumps: Mapping[str, Any] = NONE,
         *, shape: tuple[int, ...], train: Tensor | None = None, kept: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.rate, self.well, self.schedule = rate, well, VP(beta_min, beta_max)

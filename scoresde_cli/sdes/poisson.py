@@ -11,6 +11,8 @@ from scoresde_cli.rng import uniform
 from scoresde_cli.sdes.base import Jumps, Moments
 from scoresde_cli.sdes.scale_mixture import Amplitude, Law, amplitude_of
 
+NONE = {"rate": 0.0, "amplitude": "gaussian", "scale": 1.0, "nu": 5.0, "joint": True}
+
 
 @dataclass(frozen=True)
 class PoissonKeys:

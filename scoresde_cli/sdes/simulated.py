@@ -31,7 +31,7 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.base import SDE, Levels, Moments, Noised
 from scoresde_cli.sdes.operators import LinearOperator, expand
-from scoresde_cli.sdes.poisson import PoissonKeys
+from scoresde_cli.sdes.poisson import NONE, PoissonKeys
 
 ROWS = 10_000  # of the training data that a process keeps
 PATHS = 4096  # for levels and densities
@@ -81,12 +81,12 @@ class Simulated(SDE):
 
     def __init__(
         self, T: PositiveFloat = 1.0, steps: PositiveInt = 200, paths: PositiveInt = 2048, refresh: PositiveInt = 100,
-        jumps: Mapping[str, Any] | None = None, *, shape: tuple[int, ...], train: Tensor | None = None,
+        jumps: Mapping[str, Any] = NONE, *, shape: tuple[int, ...], train: Tensor | None = None,
         kept: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.T, self.steps, self.paths, self.refresh = T, steps, paths, refresh
-        check_call(PoissonKeys, jumps or {}, "sde.jumps")
-        self.poisson = PoissonKeys(**(jumps or {}))
+        check_call(PoissonKeys, jumps, "sde.jumps")
+        self.poisson = PoissonKeys(**jumps)
         self.jumps = self.poisson.jumps()
         if self.jumps is not None:
             vars(self).update({f"jumps.{name}": value for name, value in vars(self.poisson).items()})  # for protocols
