@@ -25,7 +25,7 @@ def lonely(parts: Parts) -> str | None:
     x = parts.data.splits["train"].flatten(1)
     mean, var = x.mean(0), x.var(0, correction=0)
     share, column = (torch.maximum(x.amax(0) - mean, mean - x.amin(0)).square() / (len(x) * var)).max(0)
-    if share < 0.5:
+    if not share >= 0.5:  # nor where nothing varies
         return None
     names = parts.data.columns or [f"coordinate {i}" for i in range(x.shape[1])]
     return (
