@@ -27,7 +27,7 @@ def entry(value, unit="sigma^2 |s - s*|^2", **protocol):
 def cell(setting, seed, value, metric="score_error", status="finished", unit="error", **protocol):
     summary = {
         metric: entry(value, unit, seed=seed, data="d0", **protocol),
-        "train_seconds": entry(10.0 + seed, "s", step=1000 * (seed + 1)),
+        "train_seconds": entry(10.0 + seed, "s", step=1000 + 50 * seed),
     }
     return Cell(setting, seed, summary if status == "finished" else {}, status, f"runs/{seed}")
 
@@ -57,7 +57,7 @@ def test_the_table_holds_the_numbers_of_the_statistics():
     )
     assert shown_of["ratio to the best"] == f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
     assert [rows(panel)[name][6] for name in "abc"] == ["best", "not told apart from the best", "told apart"]
-    assert (shown_of["seeds"], shown_of["steps"], shown_of["seconds"]) == ("4", "2500", "11.5")
+    assert (shown_of["seeds"], shown_of["steps"], shown_of["seconds"]) == ("4", "1075", "11.5")
 
 
 def test_settings_are_paired_by_seed_in_whatever_order_they_come():
@@ -87,6 +87,15 @@ def test_a_finished_run_without_a_finite_number_is_not_compared(value):
     panel = analyse("", [*grid()[:-1], cell({"loss": "c"}, 3, value)], ["score_error"])
     assert left_out(panel) == ["score_error: c: 3 of 4 finished runs have a finite number; not compared"]
     assert set(panel.measured[0].comparison.means) == {"a", "b"}
+
+
+def test_seeds_of_one_setting_that_did_unlike_amounts_of_work_are_noted():
+    """Twice the steps from seed to seed: another job held the machine for some, so equal time was not equal work."""
+    busy = grid()
+    busy[0].summary["train_seconds"]["protocol"]["step"] = 500
+    assert left_out(analyse("", busy, ["score_error"])) == [
+        "a: 500 to 1150 steps from seed to seed: was the machine equally free for all?"
+    ]
 
 
 def test_seeds_that_not_all_settings_have_are_dropped_with_a_note():

@@ -19,6 +19,7 @@ from scoresde_cli.studies.report import Table
 from scoresde_cli.studies.statistics import Comparison, Difference, Estimate, compare, mean
 
 NO_NATURAL_ZERO = ("loss", "nats", "bits/dim")  # units of which a ratio means nothing
+UNEVEN = 1.3  # the most over the fewest steps of one setting: a busy machine, not the spread of a quiet one
 HIGHER = ("loss_gain", "steps_per_second")  # what does not say so in its protocol
 NAMED = 3  # so many settings are named in a sentence
 
@@ -131,7 +132,7 @@ def analyse(title: str, cells: Sequence[Cell], metrics: Sequence[str]) -> Panel:
     for name, group in named.items():
         if len({cell.seed for cell in group}) != len(group):
             raise ScoreSDEError(f"{name}: a seed stands twice among {', '.join(cell.path for cell in group)}")
-    measured, notes = [], [unfinished(name, group) for name, group in named.items()]
+    measured, notes = [], [say(name, group) for say in (unfinished, uneven) for name, group in named.items()]
     for metric in metrics:
         if all(cell.number(metric) is None for cell in cells):
             continue
@@ -153,6 +154,15 @@ def unfinished(name: str, group: Sequence[Cell]) -> str:
         for status, n in Counter(cell.status for cell in others).items()
     )
     return f"{name}: {len(group) - len(others)} of {len(group)} finished ({how})"
+
+
+def uneven(name: str, group: Sequence[Cell]) -> str:
+    """`ssm: 154 to 309 steps in 240 s`: runs of one setting that did unlike amounts of work in a budget of time; or nothing."""
+    entries = [cell.summary["train_seconds"] for cell in group if cell.number("train_seconds") is not None]
+    steps = [entry["protocol"].get("step") or 0 for entry in entries]
+    if not steps or max(steps) < UNEVEN * min(steps):
+        return ""
+    return f"{name}: {min(steps)} to {max(steps)} steps from seed to seed: was the machine equally free for all?"
 
 
 def differing(cells: Sequence[Cell], metric: str) -> str | None:
