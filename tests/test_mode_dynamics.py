@@ -11,6 +11,7 @@ from scoresde_cli.datasets.two_modes import TwoModes
 from scoresde_cli.samplers.euler_ode import EulerODE
 from scoresde_cli.sdes.correlated import Correlated
 from scoresde_cli.studies import mode_dynamics as modes
+from scoresde_cli.studies.correlation import in_words
 
 DIMS = (2, 8, 32, 128, 512)
 
@@ -119,3 +120,20 @@ def test_two_modes_have_the_condition_number_that_is_asked_for():
     )  # 779.4: of AR(1) with 0.95 in 32 dimensions
     found = torch.linalg.eigvalsh(torch.cov(data.splits["train"].double().T))
     assert torch.allclose(found, lam, rtol=0.05)
+
+
+def test_what_the_report_says_is_of_its_own_grid():
+    """The sentences hold the tables' numbers: another correlation, another dimension, other numbers."""
+    said = "\n".join(in_words([0.5, 0.9], [2, 8]))
+    for d, kind in ((2, "equi"), (8, "equi"), (8, "ar1")):
+        assert f"{modes.condition(modes.eigenvalues(kind, 0.9, d)):.3g}" in said
+    assert "at rho = 0.9, d = 8" in said
+    assert "361" in said
+    assert "512" not in said
+    assert "0.99," not in said
+
+
+def test_a_reversal_that_leaves_floating_point_is_infinitely_far_off():
+    far, worst = modes.cost_of_forgetting(modes.eigenvalues("equi", 0.999, 1024), True)
+    assert far == math.inf
+    assert worst > 1e300

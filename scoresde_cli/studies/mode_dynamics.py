@@ -9,6 +9,7 @@ and is measured by KL(N(0, V) || N(0, K(t_min))) / d, or by the mode that is wor
 """
 
 import math
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -116,7 +117,15 @@ def ladder() -> list[int]:
 
 def steps_to(kappa: Array, stochastic: bool, criterion: Literal["mean", "worst"], tolerance: float) -> int | None:
     """The fewest steps of the ladder that keep KL / d, or the worst mode's error, within the tolerance; None where none do."""
-    kappa, counts = np.unique(np.round(kappa, 12), return_counts=True)
+    found, counts = np.unique(np.round(kappa, 12), return_counts=True)
+    return fewest(tuple(found), tuple(counts), stochastic, criterion, tolerance)
+
+
+@cache  # tables, figure and sentences ask alike
+def fewest(
+    values: tuple[float, ...], often: tuple[int, ...], stochastic: bool, criterion: str, tolerance: float
+) -> int | None:
+    kappa, counts = np.array(values), np.array(often)
     m2 = math.exp(-B)
     floor = np.abs(
         1.0 / (kappa * m2 + 1.0 - m2) - 1.0
@@ -136,6 +145,7 @@ def steps_to(kappa: Array, stochastic: bool, criterion: Literal["mean", "worst"]
 
 def cost_of_forgetting(lam: Array, stochastic: bool, steps: int = 4000) -> tuple[float, float]:
     """(KL / d, worst ratio) where the reversal takes I for Sigma; data 0.25 I, noise with eigenvalues lam, prior N(0, Sigma)."""
-    log = log_ratio(np.full_like(lam, 0.25), steps, stochastic, lam, np.ones_like(lam))
-    worst = float(np.exp(log[np.argmax(np.abs(log))]))
-    return float(0.5 * (np.exp(log) - 1.0 - log).mean()), worst
+    with np.errstate(over="ignore"):
+        log = log_ratio(np.full_like(lam, 0.25), steps, stochastic, lam, np.ones_like(lam))
+        worst = float(np.exp(log[np.argmax(np.abs(log))]))
+        return float(0.5 * (np.exp(log) - 1.0 - log).mean()) if np.isfinite(log).all() else math.inf, worst
