@@ -11,7 +11,8 @@ What noise is left says how often the times of each bin are drawn (`allocation`)
 No bias comes of it: an estimate draws its own samples, and w at a step is a function of the weights and of draws that this step
 does not see, so that the step's gradient has the mean of DSM's given w.
 
-128 samples twice, and 64 at steps 200, 400, 800 and then every eighth of the budget, each worth about a fifth of a training step.
+128 samples twice, and 64 at steps 200, 400, 800 and then every eighth of the budget, each worth about a fifth of a training step;
+in smaller batches, whose samples are dearer, one batch and half of one.
 """
 
 import math
@@ -100,7 +101,8 @@ class Mixer:
         if not rows or state.step >= due(rows[-1]["step"], plan.steps):
 
             def decide() -> dict[str, Any]:
-                row = self.measure(plan, state.step, FIRST if len(rows) < 2 else LATER)
+                most = (FIRST, plan.batch_size) if len(rows) < 2 else (LATER, plan.batch_size // 2)
+                row = self.measure(plan, state.step, max(2 * BINS, min(most)))
                 recent = [*(r for r in rows if 4 * r["step"] >= state.step), row]
                 row["w"] = optimum(recent)
                 row["density"] = allocation(recent, row["w"], loss.n_proj)
