@@ -256,6 +256,13 @@ def test_every_step_has_only_the_directions_that_it_needs():
     loss.weighted(Watched(), plan.sde, x0, noised, t, generator(0, "v"))
     assert counted == [int((loss.table(plan.sde, t)(t) > 0).sum())]
     assert 30 < counted[0] < 100
+    # A w that is zero in between costs no direction there.
+    nodes = log_ratio(plan.sde, torch.tensor([1e-3, 0.02, 0.1, 0.5], dtype=torch.float64))
+    gap = loss.weighing(ByLevel(nodes, torch.tensor([0.6, 0.0, 0.6, 0.0])))
+    t, noised = gap.noise(plan.sde, x0, generator(0, "t"))
+    gap.weighted(Watched(), plan.sde, x0, noised, t, generator(0, "v"))
+    w = gap.table(plan.sde, t)(t)
+    assert counted[1] == int((w > 0).sum()) < int((t <= t[w > 0].max()).sum()) - 20
     # And in whatever order the times come, the loss of each sample is the same function of it.
     exact = DSMCV(Rademacher(), 2, 0.2)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(0))

@@ -182,9 +182,11 @@ class DSMCV(SSM):
         return found
 
     def noise(self, sde: SDE, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Noised]:
-        """As for every loss, but by the table's law: ascending times (those with w > 0 come first), with their weights."""
-        t, weight = self.table(sde, x0).draw(len(x0), generator)
-        t = t.clamp(self.t_min, sde.T)
+        """As for every loss, but by the table's law: ascending times, those with w > 0 before the others, with their weights."""
+        table = self.table(sde, x0)
+        t, weight = table.draw(len(x0), generator)
+        order = (table(t) == 0.0).to(torch.uint8).argsort(stable=True)  # an estimated w need not fall all along
+        t, weight = t[order].clamp(self.t_min, sde.T), weight[order]
         noised = sde.perturb(x0, t, generator)
         return t, replace(noised, aux={**noised.aux, "weight": weight})
 

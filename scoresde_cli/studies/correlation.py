@@ -228,7 +228,10 @@ class Correlation(GridStudy):
     def findings(self, folder: Path, jobs: Sequence[Job], out: Path, metrics: Sequence[str] | None = None) -> Findings:
         from scoresde_cli.studies.base import METRICS, collect, compare
 
-        numbers = metrics or ("whitened_sliced_wasserstein", *METRICS)
+        alike = [
+            name for name in METRICS if name not in ("score_error", "denoising_loss", "loss")
+        ]  # the rest is in units of Sigma
+        numbers = metrics or ("whitened_sliced_wasserstein", *alike)
         found = compare(collect(folder, jobs), numbers, ("data.d", "budget", "law"), out, self.conclude)
         cells = [c for c in collect(folder, jobs) if "score_error" in c.summary]
         rhos, dims = self.of_size("rhos"), self.of_size("spectrum_dims")
