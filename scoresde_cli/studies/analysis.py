@@ -157,7 +157,7 @@ def unfinished(name: str, group: Sequence[Cell]) -> str:
 
 
 def uneven(name: str, group: Sequence[Cell]) -> str:
-    """`ssm: 154 to 309 steps in 240 s`: runs of one setting that did unlike amounts of work in a budget of time; or nothing."""
+    """`ssm: 154 to 309 steps from seed to seed ..`, which a budget of time gave to runs of one setting; or nothing."""
     entries = [cell.summary["train_seconds"] for cell in group if cell.number("train_seconds") is not None]
     steps = [entry["protocol"].get("step") or 0 for entry in entries]
     if not steps or max(steps) < UNEVEN * min(steps):
