@@ -14,6 +14,7 @@ import pytest
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.studies import charts
 from scoresde_cli.studies.analysis import Cell, analyse, answers, gap, labels, left_out, panels, shown, tables
+from scoresde_cli.studies.base import compare as compare_cells
 from scoresde_cli.studies.report import Figure, Report, Table, markdown, text, write
 from scoresde_cli.studies.statistics import Difference, compare, mean
 
@@ -418,6 +419,12 @@ def test_dots_are_sorted_and_show_every_seed(drawn, tmp_path):
     means = {row.label: row.estimate.value for row in panel.measured[0].rows}
     assert [t.get_text() for t in axes.get_yticklabels()] == sorted(means, key=means.get)
     assert sum(len(line.get_xdata()) for line in axes.lines if line.get_markersize() == 3) == 12 * 5 - 1
+
+
+@pytest.mark.parametrize(("counts", "names"), [((1, 4), ["comparison-0.png"]), ((1, 4, 16), ["n_proj.png"])])
+def test_two_numbers_of_directions_are_dots_and_three_a_curve(tmp_path, counts, names):
+    cells = [cell({"projection": law, "n_proj": n}, seed, seed + n) for law in "ab" for n in counts for seed in (1, 2)]
+    assert [figure.path.name for figure in compare_cells(cells, ["score_error"], (), tmp_path).figures] == names
 
 
 @pytest.mark.parametrize("kind", ["by_number", "dots", "curves"])

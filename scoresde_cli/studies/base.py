@@ -249,10 +249,10 @@ def compare(
 
 
 def draw(panels: Sequence[analysis.Panel], groups: Sequence[Sequence[Cell]], out: Path) -> list[Figure]:
-    """A figure for each dimension over the number of directions, where it varies; else one of dots for each panel."""
+    """A figure for each dimension over the number of directions, where three make a curve; else one of dots for each panel."""
     counts = {c.setting.get("n_proj") for group in groups for c in group if isinstance(c.setting.get("n_proj"), int)}
     figures: list[Figure] = []
-    if len(counts) > 1:
+    if len(counts) > 2:
         dims = [group[0].setting.get("data.d") for group in groups]
         for d in dict.fromkeys(dims):
             chosen = [panel for panel, one in zip(panels, dims, strict=True) if one == d]
