@@ -150,6 +150,11 @@ class Orthogonal(Frames):
         return Sphere().variance(A, 1)
 
 
+def drawn(batch: int, size: int, n: int, generator: torch.Generator) -> Tensor:
+    """n of `size` numbers without replacement for each sample, (n, B): the least n of random ones, as a whole sort is dear."""
+    return uniform((batch, size), generator).topk(n, dim=1, largest=False).indices.T
+
+
 class Hadamard(Frames):
     """Rows of a Hadamard matrix, drawn without replacement, with the columns' signs flipped at random.
 
@@ -161,10 +166,9 @@ class Hadamard(Frames):
         return 1 << (d - 1).bit_length()
 
     def frame(self, batch: int, d: int, n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        device, size = generator.device, self.frame_size(d)
-        rows = uniform((batch, size), generator).argsort(dim=1)[:, :n].T
+        rows = drawn(batch, self.frame_size(d), n, generator)
         # H[r, j] = (-1)^(number of ones in r & j) (Sylvester's construction): fold the parity into the lowest bit.
-        parity = rows.unsqueeze(-1) & torch.arange(d, device=device)
+        parity = rows.unsqueeze(-1) & torch.arange(d, device=generator.device)
         for shift in (16, 8, 4, 2, 1):
             parity = parity ^ (parity >> shift)
         signs = Rademacher().sample((batch, d), 1, generator, dtype)
@@ -178,7 +182,7 @@ class Coordinate(Frames):
     """Random coordinate axes without replacement, times sqrt(d) and a random sign."""
 
     def frame(self, batch: int, d: int, n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        axes = uniform((batch, d), generator).argsort(dim=1)[:, :n].T
+        axes = drawn(batch, d, n, generator)
         signs = Rademacher().sample((batch, 1), n, generator, dtype)
         return torch.nn.functional.one_hot(axes, d).to(dtype) * signs * d**0.5
 
