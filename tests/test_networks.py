@@ -9,6 +9,7 @@ from torch import nn
 from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import randomise
+from scoresde_cli.networks import unet
 from scoresde_cli.networks.energy_mlp import EnergyMLP
 from scoresde_cli.networks.log_mlp import LogMLP
 from scoresde_cli.networks.mlp import MLP
@@ -383,6 +384,19 @@ def test_labels_attention_and_padding_of_the_unet_push_as_autograd_does():
     other = c.clone()
     other[:, 1] = 1
     assert (network(x, other) - out).abs().max() > 1e-3
+
+
+def test_a_unet_without_a_gradient_is_passed_in_parts_and_the_same(monkeypatch):
+    network, x = unet_of((1, 4, 4)), normal((7, 1, 4, 4), generator(0, "x"), torch.float64)
+    c = torch.stack([torch.linspace(-1, 1, 7, dtype=torch.float64), torch.arange(7).double() % 3], 1)
+    passes = []
+    network.stem.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(unet, "CACHED", 3 * 8 * 4 * 4 * 8)  # three images of 8 channels, 4 x 4 pixels, 8 bytes
+    whole = network(x, c)
+    with torch.no_grad():
+        parts = network(x, c)
+    assert len(passes) == 1 + 3
+    assert torch.allclose(parts, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_no_pixel_is_beyond_the_reach_of_another():
