@@ -10,6 +10,7 @@ from scoresde_cli.datasets.table import Table
 from scoresde_cli.divergence import finite_difference, score_and_projections
 from scoresde_cli.errors import Unreadable
 from scoresde_cli.identity import randomise
+from scoresde_cli.networks.embedding import NoiseEmbedding
 from scoresde_cli.networks.energy_mlp import EnergyMLP
 from scoresde_cli.networks.mlp import MLP
 from scoresde_cli.networks.model import ScoreModel, fit_gaussian
@@ -86,6 +87,18 @@ def test_a_column_of_words_labels_a_table(tmp_path):
     assert numbered.classes == [str(k) for k in range(7)]
     with pytest.raises(Unreadable, match="distinct values"):
         Table(str(tmp_path / "t.csv"), labels="a", columns=["b"])
+
+
+def test_a_label_is_as_loud_as_the_level_and_as_before_in_an_older_checkpoint():
+    """Each feature of the code has mean square 1 over the labels; weights that come without a scale were learnt with ones."""
+    embedding = NoiseEmbedding(classes=5)
+    c = torch.stack([torch.zeros(6), torch.arange(-1.0, 5.0)], 1)
+    codes = embedding(c)[:, -5:]
+    assert torch.allclose(codes[1:].square().mean(0), torch.ones(5))
+    assert (codes[0] == 0).all()
+    old = {name: x for name, x in embedding.state_dict().items() if name != "label_scale"}
+    embedding.load_state_dict(old)
+    assert torch.equal(embedding(c)[1:, -5:], torch.eye(5))
 
 
 def test_a_trained_run_draws_the_class_that_is_asked_for(cli, tmp_path):
