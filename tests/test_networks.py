@@ -65,6 +65,7 @@ NETWORKS = {
     "energy, one layer": lambda s: EnergyMLP(s, 16, 1, "tanh"),
     "energy, gelu": lambda s: EnergyMLP(s, 16, 2, "gelu"),
     "unet": lambda s: UNet(s, channels=4, multipliers=[1, 2]),
+    "unet, patches": lambda s: UNet(s, channels=4, multipliers=[1, 2], patch=2),
     "plain": Plain,
     "plain energy": PlainEnergy,
 }

@@ -12,7 +12,8 @@ from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.networks.embedding import NoiseEmbedding
 from scoresde_cli.networks.image_blocks import Block, Conv, Norm, Pair, Up, joined, linear
 
-SIZES = {"small": (32, [1, 2, 2], 1), "base": (64, [1, 2, 4], 2)}  # channels, multipliers, blocks
+# channels, multipliers, blocks, patch
+SIZES = {"small": (32, [1, 2, 2], 1, 1), "base": (64, [1, 2, 4], 2, 1), "patched": (64, [1, 1], 1, 2)}
 CACHED = 8_000_000  # bytes of the finest level that a pass without a gradient holds at a time: what a CPU's cache does
 
 
@@ -24,11 +25,12 @@ class UNet(nn.Module):
 
     Args:
         shape: D = (C, H, W); (H, W) is an image of one channel, (d,) one of a single row.
-        size: small or base, for what is null below.
+        size: small, base or patched, for what is null below.
         channels: of the finest level.
         multipliers: channels of each level, as a multiple of that.
         blocks: residual blocks of a level, on the way down and on the way up.
         attention: the heights (after padding) at which blocks are followed by attention; null for the coarsest.
+        patch: patch x patch pixels are the channels of one of the finest level (Luhman and Luhman, arXiv 2207.04316, 2022).
         classes: as for MLP.
 
     Raises ScoreSDEError for a shape of more axes, an empty list of levels, or a height that no level has.
@@ -37,9 +39,9 @@ class UNet(nn.Module):
     partial = spatial = True
 
     def __init__(
-        self, shape: tuple[int, ...], size: Literal["small", "base"] = "small", channels: PositiveInt | None = None,
-        multipliers: list[PositiveInt] | None = None, blocks: PositiveInt | None = None,
-        attention: list[PositiveInt] | None = None, classes: int = 0,
+        self, shape: tuple[int, ...], size: Literal["small", "base", "patched"] = "small",
+        channels: PositiveInt | None = None, multipliers: list[PositiveInt] | None = None, blocks: PositiveInt | None = None,
+        attention: list[PositiveInt] | None = None, patch: PositiveInt | None = None, classes: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if len(shape) > 3:
@@ -51,8 +53,9 @@ class UNet(nn.Module):
         if not ratios:
             raise ScoreSDEError("network.multipliers=[]: expected one number a level, as in [1,2,2]")
         self.image = (*(1,) * (3 - len(shape)), *shape)
-        self.classes, self.coarsest = classes, 2 ** (len(ratios) - 1)
-        top = -(-self.image[1] // self.coarsest) * self.coarsest
+        self.classes, self.patch = classes, patch or default[3]
+        self.coarsest = self.patch * 2 ** (len(ratios) - 1)
+        top = -(-self.image[1] // self.coarsest) * self.coarsest // self.patch
         heights = [top >> i for i in range(len(ratios))]
         chosen = heights[-1:] if attention is None else attention
         missing = set(chosen) - set(heights)
@@ -71,7 +74,7 @@ class UNet(nn.Module):
 
         count = blocks or default[2]
         widths = [width * ratio for ratio in ratios]
-        self.stem = Conv(self.image[0], width)
+        self.stem = Conv(self.image[0] * self.patch**2, width)
         self.down, self.shrink, self.up, self.grow = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         now = width
         for i, wide in enumerate(widths):
@@ -85,12 +88,13 @@ class UNet(nn.Module):
             if i > 0:
                 self.grow.append(Up(wide, widths[i - 1]))
             now = widths[max(0, i - 1)]
-        self.norm, self.last = Norm(now), Conv(now, self.image[0], zero=True)
+        self.norm, self.last = Norm(now), Conv(now, self.image[0] * self.patch**2, zero=True)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.device.type != "cpu":
             return self._pass(x, c, None)[0]
-        rows = max(1, CACHED // (self.stem.out_channels * self.image[1] * self.image[2] * x.element_size()))
+        pixels = self.image[1] * self.image[2] // self.patch**2
+        rows = max(1, CACHED // (self.stem.out_channels * max(1, pixels) * x.element_size()))
         parts = zip(x.split(rows), c.split(rows), strict=True)
         return torch.cat([self._pass(*part, None)[0] for part in parts])
 
@@ -106,7 +110,7 @@ class UNet(nn.Module):
         edges = (0, -width % self.coarsest, 0, -height % self.coarsest)
 
         shaped = x.reshape(-1, *self.image), None if v is None else v.reshape(*v.shape[:2], *self.image)
-        pair = self.stem(*linear(lambda u: F.pad(u, edges), *shaped))
+        pair = self.stem(*linear(lambda u: F.pixel_unshuffle(F.pad(u, edges), self.patch), *shaped))
         seen = []
         for i, level in enumerate(self.down):
             for block in blocks(level):
@@ -121,9 +125,9 @@ class UNet(nn.Module):
                 pair = block(*joined(pair, seen.pop()), embedding)
             if i < len(self.grow):
                 pair = self.grow[i](*pair)
-        out, jvp = self.last(*self.norm(*pair))
-        out = out[..., :height, :width].reshape(x.shape)
-        return out, None if v is None or jvp is None else jvp[..., :height, :width].reshape(v.shape)
+        pair = self.last(*self.norm(*pair))
+        out, jvp = linear(lambda u: F.pixel_shuffle(u, self.patch)[..., :height, :width], *pair)
+        return out.reshape(x.shape), None if v is None or jvp is None else jvp.reshape(v.shape)
 
 
 def blocks(level: nn.Module) -> Iterable[nn.Module]:
