@@ -234,7 +234,7 @@ def evaluate(
         entry["protocol"] |= common | process
     of_samples = [OF_SAMPLES[name](data) for name in metrics if name in OF_SAMPLES]
     fresh = data.fresh(n, generator(seed, "held-out"))
-    reference = (x_test if fresh is None else fresh).float().cpu()[:n]
+    reference = data.comparable((x_test if fresh is None else fresh).float().cpu()[:n])
     if not of_samples:
         return Evaluation(summary, None, reference)
     if all(metric.rows < n for metric in of_samples):  # rows that nobody looks at
@@ -244,8 +244,11 @@ def evaluate(
     )
     drawn = samples.x[: len(reference)].float().cpu()
     if torch.isfinite(drawn).all():
+        drawn = data.comparable(drawn)
         found = compare(of_samples, drawn, reference, fresh_pairs(data, len(drawn), seed), seed)
         of: dict[str, Any] = {"nfe": samples.nfe, "reference": "test split" if fresh is None else "fresh draws"}
+        if data.quantum is not None:
+            of["values"] = "whole levels"
         if sampler.adaptive:
             del of["nfe"]  # the tolerances are what two figures share
         for entry in found.values():
@@ -262,11 +265,11 @@ def evaluate(
         of_classes = torch.stack([each.x.float().cpu() for each in drawn_for])
         judge = next(metric for metric in of_samples if isinstance(metric, Classifier))
         if torch.isfinite(of_classes).all():
-            entry = judge.label_accuracy(of_classes, seed)
+            entry = judge.label_accuracy(data.comparable(of_classes.flatten(0, 1)).view_as(of_classes), seed)
             entry["protocol"] |= sampler.protocol() | common | {"nfe": drawn_for[0].nfe}
             summary["label_accuracy"] = entry
     if "sliced_wasserstein" in summary:
-        gaussian = parts.baseline.moments.sample(len(drawn), generator(seed, "gaussian")).float()
+        gaussian = data.comparable(parts.baseline.moments.sample(len(drawn), generator(seed, "gaussian")).float())
         value = sliced_wasserstein(gaussian, reference.flatten(1))
         summary["sliced_wasserstein_baseline"] = plain(
             value, "model units", n=len(drawn), of="a Gaussian with the data's moments"
@@ -301,7 +304,7 @@ def fresh_pairs(data: Dataset, m: int, seed: int) -> Callable[[int], tuple[Tenso
                 raise ScoreSDEError(f"the floor needs {2 * m} rows of data, there are {len(everything)}")
             assert group is not None
             order = torch.argsort(torch.randperm(int(group.max()) + 1, generator=source)[group], stable=True)
-            return everything[order[:m]], everything[order[-m:]]
+            return data.comparable(everything[order[:m]]), data.comparable(everything[order[-m:]])
         return drawn[:m], drawn[m:]
 
     return pair

@@ -216,10 +216,10 @@ def step_area(options) -> list[Row]:
     return rows
 
 
-def image_plan(loss, *, low: bool = False, batch: int = 32, size: int = 28) -> loop.Plan:
-    """A training plan of the small U-Net, not at zero, on random images."""
+def image_plan(loss, *, low: bool = False, batch: int = 32, size: int = 28, kind: str = "small") -> loop.Plan:
+    """A training plan of a U-Net, not at zero, on random images."""
     x = normal((512, 1, size, size), generator(0, "data"))
-    network = randomise(UNet((1, size, size)), 0)
+    network = randomise(UNet((1, size, size), kind), 0)
     model = ScoreModel(network, VP(), Residual(), fit_gaussian(x, "isotropic")).float()
     model.low = low
     return loop.Plan(
@@ -240,6 +240,8 @@ def image_area(options) -> list[Row]:
     few |= {
         "dsm, bf16": stepper(plan(DSM(), low=True)),
         "ssm_vr n_proj=1, bf16": stepper(plan(SSMVR(Rademacher(), 1), low=True)),
+        "dsm, patched": stepper(plan(DSM(), kind="patched")),
+        "dsm, patched, bf16": stepper(plan(DSM(), low=True, kind="patched")),
     }
     times = in_turns(few, options.repeats, options.seconds)
     against = {
