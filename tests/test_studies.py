@@ -233,6 +233,13 @@ def test_a_report_of_a_sweep_finds_what_varies(tmp_path, cli):
     assert "| ssm |" in text
     assert "| dsm |" in text
     assert "2 seeds" in out
+    # A run that was evaluated otherwise stands beside them; what depends on that is not compared.
+    assert cli("train", "loss=ism", "dir=other", *small, "eval.n=150")[0] == 0
+    assert cli("report", str(folder), "other", "out=both")[0] == 0
+    text = (tmp_path / "both/report.md").read_text()
+    assert "| ism |" in text.split("### score_error")[1].split("###")[0]
+    assert "### sliced_wasserstein" not in text
+    assert "sliced_wasserstein is not compared, the protocols differ: n " in text
     code, _, err = cli("report", "nowhere")
     assert (code, "no such directory" in err) == (2, True)
     (tmp_path / "empty").mkdir()

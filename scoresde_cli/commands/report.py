@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,13 @@ def of_runs(runs: Sequence[RunDir], metrics: Sequence[str], out: Path) -> Findin
         for name in varying
         if name not in ("loss.n_proj", "loss.times", "loss.t_min") and "loss.projection" not in name
     ]
+    # A metric's protocol says whether two numbers compare; how they were made is named where nothing else tells runs apart.
+    trained = [name for name in varying if not name.startswith("eval.")]
+    alike = Counter(
+        json.dumps([run.facts()["seed"], *map(config.get, trained)]) for run, config in zip(runs, configs, strict=True)
+    )
+    if max(alike.values()) == 1:
+        varying = trained
     cells = [cell(run, setting(config, varying)) for run, config in zip(runs, configs, strict=True)]
     apart = ("data", "eval", "steps", "max_seconds")  # what is not compared across
     return compare(cells, metrics, [name for name in cells[0].setting if name.split(".")[0] in apart], out)

@@ -264,5 +264,6 @@ def draw(panels: Sequence[analysis.Panel], groups: Sequence[Sequence[Cell]], out
     else:
         for i, panel in enumerate(panels):
             path = charts.dots(panel, out / f"comparison-{i}.png", panel.title)
-            figures.append(Figure(path, f"{panel.title}: means with 95 % intervals; faint points are single seeds."))
+            of = f" of {panel.title}" if panel.title else ""
+            figures.append(Figure(path, f"Means{of} with 95 % intervals; faint points are single seeds."))
     return figures
