@@ -20,6 +20,7 @@ import torch
 
 from scoresde_cli import claims, slurm
 from scoresde_cli.rundir import RunDir
+from scoresde_cli.training.state import checkpoints, step_of
 from tests.conftest import NO_FIGURES, SMALL
 from tests.test_sweeps import numbers
 
@@ -64,8 +65,8 @@ def ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
-def busy(sweep: Path, but: Sequence[str] = ()) -> tuple[str, str]:
-    """The Slurm id of a job of a sweep that is training and has written a checkpoint, and the job's name; none of these."""
+def busy(sweep: Path, but: Sequence[str] = (), before: int = 500) -> tuple[str, str]:
+    """Slurm id and name of a job of a sweep, none of these, that trains: with a checkpoint, of an earlier step than this."""
     limit = time.monotonic() + 300
     while time.monotonic() < limit:
         there = slurm.queued() or {}
@@ -74,21 +75,22 @@ def busy(sweep: Path, but: Sequence[str] = ()) -> tuple[str, str]:
             for job, (array, state, _) in there.items():
                 name = names[int(job.partition("_")[2] or 0)] if array == file.stem else None
                 folder = sweep / str(name)
-                done = (folder / "checkpoints/step-0001000").exists()
-                if (
-                    name not in (None, *but)
-                    and state == "RUNNING"
-                    and list(folder.glob("checkpoints/step-*"))
-                    and not done
-                ):
+                steps = [step_of(checkpoint) for checkpoint in checkpoints(folder / "checkpoints")]
+                if name not in (None, *but) and state == "RUNNING" and steps and steps[-1] < before:
                     return job, str(name)
         time.sleep(0.05)
     raise AssertionError("no job was training")
 
 
-def send(name: str, job: str, *flags: str) -> None:
-    """A signal to a job, once: scancel would send it again and again for a minute, once the job is requeued to its new life too."""
-    subprocess.run(["timeout", "2", "scancel", f"--signal={name}", *flags, job], check=False, capture_output=True)
+def send(name: str, job: str, *flags: str) -> subprocess.Popen:
+    """A signal to a job, once: scancel would send it again and again for a minute, once the job is requeued to its new life too.
+    It holds on for these 2 seconds, in which a short job ends: whoever has more to do does it before waiting for the process."""
+    return subprocess.Popen(["timeout", "2", "scancel", f"--signal={name}", *flags, job], stderr=subprocess.DEVNULL)
+
+
+def begun_again(job: str) -> bool:
+    """Slurm has taken a job back to the queue; a node that was down for a moment only is easily missed."""
+    return "Restarts=0 " not in ask("scontrol", "show", "job", job)
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -129,7 +131,7 @@ def test_preemption_requeue_time_outs_and_the_loss_of_a_node_change_no_bit(slurm
     argv = ["train", "-m", "seed=0,1,2,3,4,5", *LONG, *LIMITS, "hydra.sweep.dir=cut"]
     parent, cut = start(tmp_path, *argv), []
     job, name = busy(tmp_path / "cut")
-    send("USR2", job)  # with less than 10 minutes submitit takes it for the end of its time
+    send("USR2", job).wait()  # with less than 10 minutes submitit takes it for the end of its time
     cut.append(name)
     job, name = busy(tmp_path / "cut", cut)
     ask("scontrol", "requeue", job)
@@ -138,7 +140,7 @@ def test_preemption_requeue_time_outs_and_the_loss_of_a_node_change_no_bit(slurm
     node = ask("squeue", "-h", "-j", job, "-o", "%N").strip()
     ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cut.append(name)
-    until(lambda: "down" in ask("sinfo", "-h", "-N", "-n", node, "-o", "%T"))
+    until(lambda: begun_again(job))
     subprocess.run(
         ["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False
     )  # refused where it came by itself
@@ -162,7 +164,7 @@ def test_preemption_requeue_time_outs_and_the_loss_of_a_node_change_no_bit(slurm
 def test_failed_and_cancelled_jobs_are_named_and_nobody_waits_for_them(slurm_here, tmp_path):
     argv = ["train", "-m", "optimizer.lr=1e-3,1e30", "steps=100000", *[a for a in LONG if not a.startswith("steps")]]
     parent = start(tmp_path, *argv, *LIMITS, "hydra.sweep.dir=bad")
-    cancelled, _ = busy(tmp_path / "bad", ["optimizer.lr=1e+30"])
+    cancelled, _ = busy(tmp_path / "bad", ["optimizer.lr=1e+30"], before=100000)
     ask("scancel", cancelled)
     gone = time.time()
     said, _ = parent.communicate(timeout=400)
@@ -191,9 +193,10 @@ def test_a_plain_array_needs_no_parent(slurm_here, undisturbed, tmp_path, cli):
     number = ask("sbatch", "--parsable", "array/batch.sbatch").strip()
     folders = [tmp_path / "array" / f"seed={i}" for i in range(3)]
     until(lambda: list(folders[0].glob("checkpoints/step-*")))
-    send("USR1", f"{number}_0", "--batch")
+    signalled = send("USR1", f"{number}_0", "--batch")
     until(lambda: list(folders[1].glob("checkpoints/step-*")))
     ask("scontrol", "requeue", f"{number}_1")
+    signalled.wait()
 
     def over() -> bool:
         there = slurm.queued()
