@@ -1,6 +1,7 @@
 """Every study, from its grid to its report, at the size of a smoke test; what it refuses; how it goes on."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -233,13 +234,18 @@ def test_a_report_of_a_sweep_finds_what_varies(tmp_path, cli):
     assert "| ssm |" in text
     assert "| dsm |" in text
     assert "2 seeds" in out
-    # A run that was evaluated otherwise stands beside them; what depends on that is not compared.
+    # Runs that were evaluated otherwise stand beside them; what depends on that is compared among its like alone.
     assert cli("train", "loss=ism", "dir=other", *small, "eval.n=150")[0] == 0
     assert cli("report", str(folder), "other", "out=both")[0] == 0
     text = (tmp_path / "both/report.md").read_text()
-    assert "| ism |" in text.split("### score_error")[1].split("###")[0]
-    assert "### sliced_wasserstein" not in text
-    assert "sliced_wasserstein is not compared, the protocols differ: n " in text
+    errors = text.split("### score_error")[1].split("###")[0]
+    assert re.search(r"\| ism \|.*\| not compared \|", errors)  # seed 1 is missing
+    assert re.search(r"\| (ssm|dsm) \|.*told apart", errors)
+    distances = text.split("### n = 200: sliced_wasserstein")[1].split("###")[0]
+    assert re.search(r"\| (ssm|dsm) \|.*told apart", distances)
+    assert "| ism |" not in distances
+    assert cli("report", str(folder), "other", "out=distances", "metrics=[sliced_wasserstein]")[0] == 0
+    assert "### n = 150: sliced_wasserstein" in (tmp_path / "distances/report.md").read_text()
     code, _, err = cli("report", "nowhere")
     assert (code, "no such directory" in err) == (2, True)
     (tmp_path / "empty").mkdir()

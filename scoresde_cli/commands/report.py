@@ -16,7 +16,9 @@ from scoresde_cli.errors import ScoreSDEError, Unreadable, nearest
 from scoresde_cli.provenance import ASIDE, command_line, versions
 from scoresde_cli.rundir import RunDir, refuse_foreign
 from scoresde_cli.studies import report as pages
-from scoresde_cli.studies.base import METRICS, Findings, Job, Study, cell, compare
+from scoresde_cli.studies.analysis import Cell, differing, identity
+from scoresde_cli.studies.analysis import panels as grouped
+from scoresde_cli.studies.base import METRICS, Findings, Job, Study, cell, conclusions, panels
 from scoresde_cli.studies.report import Report
 from scoresde_cli.tracking import console
 from scoresde_cli.tracking.wandb import WandB, has_credentials
@@ -189,16 +191,28 @@ def of_runs(runs: Sequence[RunDir], metrics: Sequence[str], out: Path) -> Findin
         for name in varying
         if name not in ("loss.n_proj", "loss.times", "loss.t_min") and "loss.projection" not in name
     ]
-    # A metric's protocol says whether two numbers compare; how they were made is named where nothing else tells runs apart.
     trained = [name for name in varying if not name.startswith("eval.")]
-    alike = Counter(
-        json.dumps([run.facts()["seed"], *map(config.get, trained)]) for run, config in zip(runs, configs, strict=True)
-    )
-    if max(alike.values()) == 1:
-        varying = trained
-    cells = [cell(run, setting(config, varying)) for run, config in zip(runs, configs, strict=True)]
-    apart = ("data", "eval", "steps", "max_seconds")  # what is not compared across
-    return compare(cells, metrics, [name for name in cells[0].setting if name.split(".")[0] in apart], out)
+
+    def cells(varying: Sequence[str]) -> list[Cell]:
+        return [cell(run, setting(config, varying)) for run, config in zip(runs, configs, strict=True)]
+
+    def split(name: str) -> bool:
+        return name.split(".")[0] in ("data", "eval", "steps", "max_seconds")  # what is not compared across
+
+    # Runs that were evaluated otherwise stand together under a metric whose protocol is one and the same.
+    together, by = cells(trained), list(filter(split, setting(configs[0], trained)))
+    alike = Counter((identity(each.setting), each.seed) for each in together)
+    joint = [] if max(alike.values()) > 1 else [m for m in metrics if comparable(together, m, by)]
+    found = panels(together, joint, by) if joint else []
+    if rest := [metric for metric in metrics if metric not in joint]:
+        found += panels(cells(varying), rest, list(filter(split, setting(configs[0], varying))))
+    return conclusions(found, out)
+
+
+def comparable(cells: Sequence[Cell], metric: str, by: Sequence[str]) -> bool:
+    """Whether the numbers of this metric have one protocol in every panel."""
+    having = [each for each in cells if each.number(metric) is not None]
+    return all(differing(group, metric) is None for group in grouped(having, by).values())
 
 
 def setting(config: Mapping[str, Any], varying: Sequence[str]) -> dict[str, Any]:

@@ -184,13 +184,15 @@ def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
     entries = [cell.summary[metric] for group in named.values() for cell in group if cell.number(metric) is not None]
     rows = [row(metric, name, group) for name, group in named.items()]
     complete = [each for each in rows if each.complete]
-    seeds = sorted(set.intersection(*(set(each.values) for each in complete))) if complete else []
+    seeds = shared(complete)
     finished = {name: sum(cell.status == "finished" for cell in group) for name, group in named.items()}
     notes = [
         f"{each.label}: {len(each.values)} of {finished[each.label]} finished runs have a finite number; not compared"
         for each in rows
         if len(each.values) < finished[each.label]
     ] + [f"{name}: no run of it has this number" for name in without]
+    notes += [f"{each.label}: it has not all of these seeds; not compared" for each in complete if not has(each, seeds)]
+    complete = [each for each in complete if has(each, seeds)]
     dropped = sorted({seed for each in complete for seed in each.values} - set(seeds))
     if dropped:
         notes.append(
@@ -208,6 +210,24 @@ def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
     return Measured(
         metric, entries[0]["unit"], rows, seeds, comparison, float(np.median(floors)) if floors else None, notes
     )
+
+
+def has(each: Row, seeds: Sequence[int]) -> bool:
+    return set(seeds) <= set(each.values)
+
+
+def shared(rows: Sequence[Row]) -> list[int]:
+    """The seeds to compare over: those of one of the settings, or what all share, by which most is learnt of most pairs; a setting
+    that lacks some of them is left aside, so that one run does not take the others' seeds away."""
+    sets = [set(each.values) for each in rows]
+
+    def worth(seeds: set[int]) -> tuple[int, int]:
+        count = sum(seeds <= other for other in sets)
+        pairs = count * (count - 1)
+        return pairs * (len(seeds) - 1), pairs * len(seeds)
+
+    best: set[int] = max([set.intersection(*sets), *sets], key=worth) if sets else set()
+    return sorted(best)
 
 
 def row(metric: str, name: str, group: Sequence[Cell]) -> Row:

@@ -238,31 +238,47 @@ def compare(
     conclude: Callable[[analysis.Panel], list[str]] = lambda panel: [],
 ) -> Findings:  # fmt: skip
     """Tables, figures and sentences of cells, split into panels by the factors that are not compared across."""
-    groups = analysis.panels(cells, by)
-    panels = [analysis.analyse(name, group, metrics) for name, group in groups.items()]
+    return conclusions(panels(cells, metrics, by), out, conclude)
+
+
+Grouped = tuple[analysis.Panel, list[Cell]]
+
+
+def panels(cells: Sequence[Cell], metrics: Sequence[str], by: Sequence[str]) -> list[Grouped]:
+    """Each panel and its cells."""
+    return [(analysis.analyse(name, group, metrics), group) for name, group in analysis.panels(cells, by).items()]
+
+
+def conclusions(
+    found: Sequence[Grouped], out: Path, conclude: Callable[[analysis.Panel], list[str]] = lambda panel: []
+) -> Findings:
+    """What panels say; raises ScoreSDEError where none has a number."""
     answers, tables, notes = [], [], []
-    for panel in panels:
+    for panel, _ in found:
         answers += conclude(panel) + analysis.answers(panel)
         tables += analysis.tables(panel)
         notes += analysis.left_out(panel)
-    return Findings(answers, tables, draw(panels, list(groups.values()), out), notes)
+    told = [(panel, group) for panel, group in found if panel.measured]
+    if not told:
+        raise ScoreSDEError("; ".join(["no run has a number that can be compared", *dict.fromkeys(notes)]))
+    return Findings(answers, tables, draw(told, out), list(dict.fromkeys(notes)))
 
 
-def draw(panels: Sequence[analysis.Panel], groups: Sequence[Sequence[Cell]], out: Path) -> list[Figure]:
+def draw(found: Sequence[Grouped], out: Path) -> list[Figure]:
     """A figure for each dimension over the number of directions, where three make a curve; else one of dots for each panel."""
-    counts = {c.setting.get("n_proj") for group in groups for c in group if isinstance(c.setting.get("n_proj"), int)}
+    counts = {c.setting.get("n_proj") for _, group in found for c in group if isinstance(c.setting.get("n_proj"), int)}
     figures: list[Figure] = []
     if len(counts) > 2:
-        dims = [group[0].setting.get("data.d") for group in groups]
+        dims = [group[0].setting.get("data.d") for _, group in found]
         for d in dict.fromkeys(dims):
-            chosen = [panel for panel, one in zip(panels, dims, strict=True) if one == d]
+            chosen = [panel for (panel, _), one in zip(found, dims, strict=True) if one == d]
             name, where = ("n_proj.png", "") if d is None else (f"n_proj-d{d}.png", f"d = {d}: ")
             path = charts.by_number(chosen, "n_proj", out / name, where.rstrip(": "))
             figures.append(
                 Figure(path, f"{where}each number against the directions a sample; bands are 95 % intervals.")
             )
     else:
-        for i, panel in enumerate(panels):
+        for i, (panel, _) in enumerate(found):
             path = charts.dots(panel, out / f"comparison-{i}.png", panel.title)
             of = f" of {panel.title}" if panel.title else ""
             figures.append(Figure(path, f"Means{of} with 95 % intervals; faint points are single seeds."))

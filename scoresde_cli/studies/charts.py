@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.figures import STYLE, finish, plt
 from scoresde_cli.studies.analysis import Measured, Panel, Row, factor, labels
 
@@ -100,8 +99,6 @@ def by_number(panels: Sequence[Panel], number: str, path: Path, title: str = "")
     Settings without the factor are horizontal bands.
     """
     metrics = list(dict.fromkeys(found.metric for panel in panels for found in panel.measured))
-    if not metrics:
-        raise ScoreSDEError("no run of these panels has a number to draw")
     rows = [each for panel in panels for found in panel.measured for each in found.rows]
     rest = list({repr(others(each, number)): others(each, number) for each in rows}.values())
     names = {repr(setting): name for setting, name in zip(rest, labels(rest), strict=True)}
@@ -178,8 +175,6 @@ def lines(
 
 def dots(panel: Panel, path: Path, title: str = "") -> Path:
     """A column a metric, a line a setting, best first under the first metric: mean with interval, seeds as faint points."""
-    if not panel.measured:
-        raise ScoreSDEError(f"{panel.title}: no run has a number to draw")
     first = panel.measured[0]
     order = [each.label for each in sorted(first.rows, key=lambda each: rank(each, first))]
     widest = max(map(len, order))
