@@ -134,6 +134,13 @@ def test_the_gradient_has_no_bias_with_fixed_and_with_estimated_weights():
         assert mean_square_z(excess) < 2, name
 
 
+@pytest.mark.parametrize("n_proj", [1, 2])  # 2: the exact trace
+def test_a_batch_in_parts_has_the_estimates_of_a_whole_one(n_proj):
+    plan = plan_of(2, f"n_proj={n_proj}")
+    mixer = Mixer(plan.loss, plan.sde)
+    assert mixer.measure(replace(plan, accumulate=4), 0, 32) == mixer.measure(plan, 0, 32)
+
+
 def test_weights_that_see_their_own_batch_would_be_biased():
     """What the design rules out shows: the best w for each batch's own gradients, ten samples of one time."""
     plan = plan_of(2)

@@ -46,6 +46,15 @@ def test_the_gradients_of_the_rows_add_up_to_that_of_the_batch(make, size):
         torch.testing.assert_close(sum(pieces), full, rtol=1e-8, atol=1e-9)
 
 
+def test_a_process_without_any_of_the_samples_that_have_directions_adds_its_scores_alone():
+    model, x0 = model_of(), data(4)
+    v, t = torch.ones_like(x0[None, :1]), torch.full((4,), 0.5, dtype=x0.dtype)
+    score, products = model.forward_projections(x0, t, v)
+    parts = [Rows(model, rank, 2).forward_projections(x0, t, v) for rank in range(2)]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], score)
+    torch.testing.assert_close(parts[0][1] + parts[1][1], products)
+
+
 def places(size: int) -> list[dict[str, str]]:
     """The environments of that many processes of one run, as torchrun makes them."""
     with socket.socket() as free:

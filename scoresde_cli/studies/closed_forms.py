@@ -84,7 +84,7 @@ def wide(plan: Plan) -> Plan:
 def batch_at(plan: Plan, times: Tensor, rows: int) -> Batch:
     """The same number of rows at each time, time by time."""
     source = generator(plan.seed, "closed forms", rows, device=plan.train.device)
-    field, x0 = loop.draw_batch(replace(plan, batch_size=rows * len(times)), source)
+    field, x0 = loop.draw_batch(replace(plan, batch_size=rows * len(times), accumulate=1), source)
     t = times.repeat_interleave(rows).to(x0)
     return Batch(plan, ("closed forms",), field, x0, t, plan.sde.perturb(x0, t, source))
 

@@ -12,7 +12,7 @@ No bias comes of it: an estimate draws its own samples, and w at a step is a fun
 does not see, so that the step's gradient has the mean of DSM's given w.
 
 128 samples twice, and 64 at steps 200, 400, 800 and then every eighth of the budget, each worth about a fifth of a training step;
-in smaller batches, whose samples are dearer, one batch and half of one.
+where batches are smaller, and their samples dearer, one batch and half of one, but no fewer than two a bin.
 """
 
 import math
@@ -125,7 +125,9 @@ class Mixer:
         loss = plan.loss
         assert isinstance(loss, DSMCV)
         every = DSM(loss.weighting, loss.half, loss.times, loss.t_min)  # its times are not thinned out
-        batch = Batch.draw(replace(plan, loss=every, field=plan.model, batch_size=samples), "mixing", step)
+        batch = Batch.draw(
+            replace(plan, loss=every, field=plan.model, batch_size=samples, accumulate=1), "mixing", step
+        )
         v = loss.frame(batch.field, batch.noised.x_t, batch.t, samples, drawn)
         found = moments(batch, v.detach()).cpu()
         where = torch.searchsorted(self.edges, log_ratio(plan.sde, batch.t).double().cpu(), right=True)

@@ -55,6 +55,8 @@ class Rows(FieldModel):
     def forward_projections(self, x: Tensor, t: Tensor, v: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
         """(score (B, *D), v_k^T J v_k (K, m))."""
         v_mine, x_mine, t_mine = v[:, self.mine], x[self.mine], t[self.mine]
+        if v_mine.shape[1] == 0:  # fewer samples have directions than there are processes
+            return self.score(x, t), v.new_zeros(v.shape[:2])
         out, found = divergence.score_and_projections(self.model, x_mine, t_mine, v_mine, exact)
         return self.filled(out, len(x)), self.filled(found, v.shape[1], 1)
 
