@@ -239,6 +239,7 @@ def evaluate(
         return Evaluation(summary, None, reference)
     if all(metric.rows < n for metric in of_samples):  # rows that nobody looks at
         reference = reference[: max(metric.rows for metric in of_samples)]
+    values = {} if data.quantum is None else {"values": "whole levels"}
     samples = sampler.sample(
         model, parts.sde, data.shape, n, seed, device=parts.device, dtype=parts.dtype, progress=progress
     )
@@ -246,9 +247,10 @@ def evaluate(
     if torch.isfinite(drawn).all():
         drawn = data.comparable(drawn)
         found = compare(of_samples, drawn, reference, fresh_pairs(data, len(drawn), seed), seed)
-        of: dict[str, Any] = {"nfe": samples.nfe, "reference": "test split" if fresh is None else "fresh draws"}
-        if data.quantum is not None:
-            of["values"] = "whole levels"
+        of: dict[str, Any] = {
+            "nfe": samples.nfe,
+            "reference": "test split" if fresh is None else "fresh draws",
+        } | values
         if sampler.adaptive:
             del of["nfe"]  # the tolerances are what two figures share
         for entry in found.values():
@@ -266,13 +268,13 @@ def evaluate(
         judge = next(metric for metric in of_samples if isinstance(metric, Classifier))
         if torch.isfinite(of_classes).all():
             entry = judge.label_accuracy(data.comparable(of_classes.flatten(0, 1)).view_as(of_classes), seed)
-            entry["protocol"] |= sampler.protocol() | common | {"nfe": drawn_for[0].nfe}
+            entry["protocol"] |= sampler.protocol() | common | {"nfe": drawn_for[0].nfe} | values
             summary["label_accuracy"] = entry
     if "sliced_wasserstein" in summary:
         gaussian = data.comparable(parts.baseline.moments.sample(len(drawn), generator(seed, "gaussian")).float())
         value = sliced_wasserstein(gaussian, reference.flatten(1))
         summary["sliced_wasserstein_baseline"] = plain(
-            value, "model units", n=len(drawn), of="a Gaussian with the data's moments"
+            value, "model units", n=len(drawn), of="a Gaussian with the data's moments", **values
         )
     return Evaluation(summary, samples, reference, of_classes)
 
@@ -291,7 +293,7 @@ def fresh_pairs(data: Dataset, m: int, seed: int) -> Callable[[int], tuple[Tenso
 
     As with the splits, equal rows are on the same side: copies of one row on both would look like a perfect model.
     """
-    everything = data.everything()
+    everything = data.comparable(data.everything())
     group = None
     if data.fresh(1, generator(seed, "any")) is None:
         group = torch.unique(everything.flatten(1), dim=0, return_inverse=True)[1]
@@ -304,7 +306,7 @@ def fresh_pairs(data: Dataset, m: int, seed: int) -> Callable[[int], tuple[Tenso
                 raise ScoreSDEError(f"the floor needs {2 * m} rows of data, there are {len(everything)}")
             assert group is not None
             order = torch.argsort(torch.randperm(int(group.max()) + 1, generator=source)[group], stable=True)
-            return data.comparable(everything[order[:m]]), data.comparable(everything[order[-m:]])
+            return everything[order[:m]], everything[order[-m:]]
         return drawn[:m], drawn[m:]
 
     return pair

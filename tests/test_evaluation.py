@@ -39,7 +39,7 @@ from scoresde_cli.projections import Coordinate, Rademacher
 from scoresde_cli.rng import generator
 from scoresde_cli.samplers.heun_ode import HeunODE
 from scoresde_cli.sdes.vp import VP
-from tests.pictures import write_idx
+from tests.pictures import idx_bytes, write_idx
 
 
 def config(**changes):
@@ -200,6 +200,7 @@ def test_a_model_that_does_not_look_at_labels_is_right_once_in_as_many_as_there_
     assert found.of_classes.shape == (10, 8, 1, 8, 8)
     assert torch.equal(found.of_classes[0], found.of_classes[9])
     entry = found.summary["label_accuracy"]
+    assert entry["protocol"]["values"] == "whole levels"
     assert entry["value"] == pytest.approx(0.1)
     assert entry["floor"] > 0.95  # on real digits
     assert found.summary["classifier_agreement"]["value"] < found.summary["classifier_agreement"]["floor_high"]
@@ -347,7 +348,8 @@ def test_images_are_compared_as_the_levels_that_a_file_holds():
     assert found["sliced_wasserstein"]["value"] == 0
     assert found["frechet_pca"]["value"] < 1e-9
     assert found["c2st"]["value"] <= 0.5  # each row has its like on the other side
-    assert found["sliced_wasserstein"]["protocol"]["values"] == "whole levels"
+    of_samples = [entry for name, entry in found.items() if "loss" not in name]
+    assert all(entry["protocol"]["values"] == "whole levels" for entry in of_samples)
 
 
 def test_pairs_of_finite_data_are_disjoint_and_keep_equal_rows_on_one_side(tmp_path):
@@ -361,6 +363,20 @@ def test_pairs_of_finite_data_are_disjoint_and_keep_equal_rows_on_one_side(tmp_p
         assert not {tuple(r) for r in a.tolist()} & {tuple(r) for r in b.tolist()}
         assert first is None or not torch.equal(a, first)
         first = a
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+def test_a_floor_of_images_is_of_whole_levels_and_has_no_image_on_both_sides(tmp_path, dequantise):
+    """Thirty images, eight times each; noise of less than a level does not hide which are the same."""
+    u = np.random.default_rng(0).integers(0, 256, (30, 4, 4)).repeat(8, 0)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(u.astype(np.uint8)))
+    data = IDX(str(tmp_path), dequantise=dequantise)
+    for i in range(5):
+        a, b = fresh_pairs(data, 60, 0)(i)
+        for side in (a, b):
+            levels = data.units.to_user(side, rounded=False)
+            assert float((levels - levels.round()).abs().max()) < 1e-4  # float32 of 255 levels
+        assert not {tuple(r) for r in a.flatten(1).tolist()} & {tuple(r) for r in b.flatten(1).tolist()}
 
 
 def test_runs_of_unlike_processes_or_times_are_unlike_and_of_unlike_losses_are_not():

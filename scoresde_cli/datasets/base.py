@@ -117,14 +117,8 @@ class Dataset(ABC):
         return torch.cat(list(self.splits.values()))
 
     def comparable(self, x: Tensor) -> Tensor:
-        """Rows x (n, *D) as two samples are compared: images as a file holds them, on whole levels from black to white.
-
-        Data on levels and samples between them are told apart by that alone.
-        """
-        if self.quantum is None:
-            return x
-        levels = (self.units.to_user(x.clamp(-1.0, 1.0), rounded=False).flatten(1) / self.quantum).round()
-        return self.units.to_model(levels * self.quantum).reshape(x.shape).to(x)
+        """Rows x (n, *D) as two samples are compared."""
+        return x
 
     def fresh(self, n: int, source: torch.Generator) -> Tensor | None:
         """n new samples (n, *D) float32 where the law can be sampled, else None."""

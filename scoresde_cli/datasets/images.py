@@ -69,6 +69,16 @@ class Images(Dataset):
             "rows": len(u), "rows_repeated": repeated, "dequantised": dequantise, "flips": flips, **(facts or {}),
         }  # fmt: skip
 
+    def comparable(self, x: Tensor) -> Tensor:
+        """On whole levels from black to white, as an image file holds them: samples between levels are told from data on them by
+        that alone."""
+
+        def rounded(block: Tensor) -> Tensor:
+            levels = self.units.to_user(block.clamp(-1.0, 1.0), rounded=False).round()
+            return self.units.to_model(levels).reshape(block.shape).to(block)
+
+        return in_blocks(rounded, x)
+
     def everything(self) -> Tensor:
         return torch.cat([self.unflipped, *(x for name, x in self.splits.items() if name != "train")])
 

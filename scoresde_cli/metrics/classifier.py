@@ -97,7 +97,7 @@ class Classifier(Metric):
         seen = self.seen(samples.flatten(0, 1))[:, 0].reshape(classes, k)
         right = (seen == torch.arange(classes)[:, None]).double()
         assert self.data.known is not None
-        real = (self.seen(self.data.splits["test"])[:, 0] == self.data.known[0]["test"]).double()
+        real = (self.seen(self.data.comparable(self.data.splits["test"]))[:, 0] == self.data.known[0]["test"]).double()
 
         def mean_of(values: Tensor, i: int) -> float:
             rows = torch.randint(len(values), (len(values),), generator=generator(seed, "bootstrap", i))
