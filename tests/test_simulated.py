@@ -254,6 +254,19 @@ def test_paths_that_are_made_to_jump_early_weigh_what_they_should():
         assert bool(((found.mean(0) - wanted.mean(0)).abs() < 4 * error).all())
 
 
+def test_jumps_that_follow_the_first_one_in_its_step_are_not_lost():
+    """Rate 8, steps of 1/8: with one jump at most where the first is settled, E x^2 would be less by a third at t = 1/8."""
+    law, sde = PoissonKeys(rate=8.0, scale=0.7), custom(jumps={"rate": 8.0, "scale": 0.7}, steps=8)
+    when, weight = law.first(40_000, 1e-3, 1.0, generator(0, "first"))
+    x0, times = torch.zeros(40_000, 2, dtype=F64), torch.tensor([0.125, 0.25], dtype=F64)
+    made = sde.visit(x0, times, generator(1, "x"), when)
+    for one, other in zip(made, sde.visit(x0, times, generator(2, "x")), strict=True):
+        found, wanted = weight[:, None] * one.square(), other.square()
+        error = ((found.var(0) + wanted.var(0)) / len(x0)).sqrt()
+        assert bool(((found.mean(0) - wanted.mean(0)).abs() < 4 * error).all())
+        assert bool((4 * error < 0.2 * wanted.mean(0)).all())  # so that the line above can fail
+
+
 def test_with_jumps_the_flow_of_a_simulated_process_needs_the_flux():
     """The exact fields of a mixture under a linear drift with jumps, the process by its paths: the data again; without, not."""
     keys = {"rate": 4.0, "scale": 0.7}

@@ -293,7 +293,7 @@ class SDE(ABC):
     def leap(self, x: Tensor, t: Tensor, h: Tensor, generator: torch.Generator, first: Tensor | None = None) -> Tensor:
         """The sum of the jumps of a step of h (B,) from t (B,), like x (B, *D); nothing where the process has none.
 
-        `first` (B,): when the first of joint jumps comes, where that is settled.
+        `first` (B,): when the first of joint jumps comes, where that is settled; those after it are as ever.
         """
         if self.jumps is None:
             return torch.zeros_like(x)
@@ -302,7 +302,9 @@ class SDE(ABC):
         moved = torch.zeros_like(x if self.jumps.joint else x.reshape(-1, 1))
         counts = torch.poisson(self.jumps.rate(t) * h, generator=generator)
         if first is not None:
-            counts = torch.where(t >= first, counts, (t + h > first).to(counts))
+            left = (t + h - first).clamp_min(0.0)  # of the step in which it comes, for those that follow it
+            later = torch.poisson(self.jumps.rate(t) * left, generator=generator)
+            counts = torch.where(t >= first, counts, torch.where(left > 0.0, 1.0 + later, 0.0))
         for k in range(int(counts.max())):
             amplitude = self.jumps.sample(len(moved), tuple(moved.shape[1:]), t, generator)
             moved += expand((counts > k).to(x), moved) * amplitude
