@@ -24,8 +24,9 @@ def lonely(parts: Parts) -> str | None:
         return None
     x = parts.data.splits["train"].flatten(1)
     mean, var = x.mean(0), x.var(0, correction=0)
-    share, column = (torch.maximum(x.amax(0) - mean, mean - x.amin(0)).square() / (len(x) * var)).max(0)
-    if not share >= 0.5:  # nor where nothing varies
+    shares = torch.maximum(x.amax(0) - mean, mean - x.amin(0)).square() / (len(x) * var)
+    share, column = shares.nan_to_num(0.0).max(0)  # 0/0 where a coordinate does not vary
+    if share < 0.5:
         return None
     names = parts.data.columns or [f"coordinate {i}" for i in range(x.shape[1])]
     return (

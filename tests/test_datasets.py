@@ -315,3 +315,13 @@ def test_one_row_far_from_all_others_is_pointed_out(tmp_path):
         StudentT(n=4000, d=2),
     ):
         assert lonely(SimpleNamespace(data=law)) is None
+
+
+def test_a_coordinate_that_does_not_vary_hides_no_lonely_row(tmp_path):
+    u = np.random.default_rng(0).normal(size=(300, 2, 3))
+    u[:, 0, 0], u[:, 1, 2] = 1.0, np.where(u[:, 1, 2] == u[:, 1, 2].max(), 1e6, u[:, 1, 2])
+    said = set()
+    for turn in range(8):  # the row is among the training rows in most of them
+        np.save(tmp_path / "x.npy", np.roll(u, 37 * turn, axis=0))
+        said.add(lonely(SimpleNamespace(data=Table(str(tmp_path / "x.npy")))))
+    assert any(line and "variance of coordinate 5" in line for line in said)
