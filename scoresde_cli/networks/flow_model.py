@@ -119,7 +119,8 @@ class FlowModel(ScoreModel):
 
     def _denoised(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
         if self.quiet is None:
-            return x - expand(t, x) * self.velocity(x, t)
+            u = self.carry(x, t)
+            return x - expand(t, x) * (u if self.carried == "velocity" else self.sde.velocity(x, t, score, u))
         alpha, sigma = expand(self.quiet.alpha(t), x), expand(self.quiet.sigma(t), x)
         return (x + sigma.square() * score) / alpha
 
