@@ -125,7 +125,9 @@ def test_aimed_directions_know_a_jacobian_of_low_rank(law, device):
 def test_aimed_directions_are_exact_with_enough_of_them(law, device):
     A = matrix(6, "plain")
     for n in (law.whole(6), 2 * law.whole(6)):
-        assert (traces(law, A, n, n, device, 10_000) - A.trace()).abs().max() < 1e-10
+        off = (traces(law, A, n, n, device, 10_000) - A.trace()).abs()
+        assert off.quantile(0.99) < 1e-12
+        assert off.max() < 1e-8  # rounding times the square of the largest condition number of so many sketches, about 1e4
 
 
 @pytest.mark.parametrize("law", ADAPTED, ids=name)

@@ -13,6 +13,8 @@ the reverse pass is, for gradients g of h and g_k of dh_k,
     g_du  = r (y - mean y - u^ p),  p = mean(u^ y)            g_u^ = s g_a - r sum_k (q_k y_k + p_k du_k),  q = mean(u^ du)
     g_u   = r (g_u^ - mean g_u^ - u^ (mean(u^ g_u^) + sum_k mean(y_k du^_k)))
 
+where with S = sigmoid(a), silu = a S, silu' = silu + S - silu S and silu'' = S + silu' - 2 S silu'.
+
 All of it is float32 where autocast gives lower precision.
 """
 
@@ -50,11 +52,6 @@ def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (x * wide(scale)).add_(wide(shift))
 
 
-def squash(grad: Tensor, a: Tensor) -> Tensor:
-    """silu'(a) grad; a may be broadcast."""
-    return torch.ops.aten.silu_backward(grad, a)
-
-
 class Normalise(torch.autograd.Function):
     """(u (B, C, H, W), du (K, m, C, H, W), s (B, C), b (B, C)) -> (h, dh) as above, differentiable once."""
 
@@ -67,24 +64,28 @@ class Normalise(torch.autograd.Function):
         def mean(sums: Tensor) -> Tensor:
             return grouped(sums, groups, pixels)
 
-        hat = u - wide(mean(over_pixels(u)))
-        r = (mean(over_pixels(hat.square())) + EPS).rsqrt()
-        hat.mul_(wide(r))
-        a = scaled(hat, s, b)
+        hat, _, r = torch.native_group_norm(u.contiguous(), None, None, len(u), u.shape[1], pixels, groups, EPS)
+        r = r.repeat_interleave(u.shape[1] // groups, dim=-1)
+        h = scaled(hat, s, b)
         sum_du, sum_hat_du = over_pixels(du), over_pixels(hat[:m] * du)
         mean_du, q = mean(sum_du), mean(sum_hat_du)
         rs = r[:m] * s[:m]
         t = scaled(du, rs, -mean_du * rs)
         t.addcmul_(hat[:m], wide(-q * rs))
-        h, dh = (F.silu(a), squash(t, a[:m])) if bent else (a, t)
         ctx.groups, ctx.bent = groups, bent
-        ctx.save_for_backward(hat, a, h if bent else a, t, du, r, s, sum_du, sum_hat_du)
-        return h, dh
+        if not bent:
+            ctx.save_for_backward(hat, t, du, r, s, sum_du, sum_hat_du)
+            return h, t
+        sigmoid = torch.sigmoid(h)
+        h.mul_(sigmoid)
+        slope = torch.add(h, sigmoid).addcmul_(h, sigmoid, value=-1.0)
+        ctx.save_for_backward(hat, t, du, r, s, sum_du, sum_hat_du, sigmoid, slope)
+        return h, slope[:m] * t
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, g_k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        hat, a, h, t, du, r, s, sum_du, sum_hat_du = ctx.saved_tensors
+        hat, t, du, r, s, sum_du, sum_hat_du, *bending = ctx.saved_tensors
         m, pixels = du.shape[1], hat.shape[-2] * hat.shape[-1]
 
         def mean(sums: Tensor) -> Tensor:
@@ -96,10 +97,10 @@ class Normalise(torch.autograd.Function):
 
         r_m, s_m, hat_m = r[:m], s[:m], hat[:m]
         if ctx.bent:
-            sigmoid = torch.sigmoid(a[:m])
-            curve = torch.ops.aten.sigmoid_backward((g_k * t).sum(0) if len(t) > 1 else (g_k * t)[0], sigmoid)
-            g_a, g_t = squash(g, a), squash(g_k, a[:m])
-            g_a[:m].addcmul_(curve, torch.add(a[:m], h[:m], alpha=-2.0).add_(2.0))  # silu'' = S (1 - S)(2 + a - 2 silu)
+            sigmoid, slope = bending
+            g_a, g_t = g * slope, g_k * slope[:m]
+            bend = torch.add(sigmoid[:m], slope[:m]).addcmul_(sigmoid[:m], slope[:m], value=-2.0)
+            g_a[:m].addcmul_((g_k * t).sum(0) if len(t) > 1 else (g_k * t)[0], bend)
         else:
             g_a, g_t = g.clone(), g_k
         sum_a, sum_hat_a = over_pixels(g_a), over_pixels(g_a * hat)
@@ -157,17 +158,17 @@ class Norm(nn.Module):
 
     def forward(self, h: Tensor, dh: Tensor | None = None, film: Tensor | None = None) -> Pair:
         """film (B, 2 C): the scale and the shift."""
-        h = h.to(self.weight.dtype)
         s, b = self.weight.expand(len(h), -1), self.bias.expand(len(h), -1)
         if film is not None:
             scale, shift = film.to(s.dtype).chunk(2, dim=1)
             s, b = s * (1.0 + scale), torch.addcmul(b, b, scale) + shift
         if dh is not None:
-            return Normalise.apply(h, dh.to(h.dtype), s, b, self.groups, self.bent)
+            h = h.to(s.dtype)
+            return Normalise.apply(h, dh.to(s.dtype), s, b, self.groups, self.bent)
         if film is None:
             a = F.group_norm(h, self.groups, self.weight, self.bias, EPS)
         else:
-            a = scaled(F.group_norm(h, self.groups, eps=EPS), s, b)
+            a = scaled(F.group_norm(h, self.groups, eps=EPS), s.to(h.dtype), b.to(h.dtype))
         return F.silu(a) if self.bent else a, None
 
 
