@@ -114,13 +114,18 @@ def check_values(name: str, flags: list[str], varying: dict[str, list[str]], fix
         else []
     )
     plain = [o for o in fixed if not o.startswith("hydra")]
+    of_data = any(key.split(".")[0] == "data" for key in varying)
     with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
         for pick in picks:
             overrides = [*plain, *(f"{key}={value}" for key, value in pick.items())]
             try:
                 config = compose(name, [*overrides, *own])
                 if name == "train":
-                    importlib.import_module("scoresde_cli.compose").check(OmegaConf.to_container(config, resolve=True))
+                    composition = importlib.import_module("scoresde_cli.compose")
+                    chosen: Any = OmegaConf.to_container(config, resolve=True)
+                    composition.check(chosen)
+                    if of_data:  # read once more in its job: a file that is missing shows now and not in the night
+                        composition.build(chosen["data"], "data")
             except ScoreSDEError:
                 raise
             except Exception as problem:
@@ -279,6 +284,10 @@ def translate(problem: Exception, name: str, overrides: list[str]) -> ScoreSDEEr
 
 def unknown_key(given: str, name: str, overrides: list[str]) -> ScoreSDEError:
     """The nearest right key; for a key of a group, those of the option that is chosen."""
+    if name == "train" and any(o.startswith("resume=") for o in overrides):
+        return ScoreSDEError(
+            f"{given} with resume: the run keeps its own config; only steps, max_seconds and tracker.* can change"
+        )
     groups = configs.groups(name)
     group = given.split(".")[0]
     if group in groups and "." in given:

@@ -83,6 +83,9 @@ def difference(before: Any, after: Any, where: str = "") -> str | None:
             if found:
                 return found
         return None
+    if isinstance(before, list) and isinstance(after, list):
+        gone, new = ([x for x in one if x not in other] for one, other in ((before, after), (after, before)))
+        before, after = (gone or "nothing", new or "nothing") if gone or new else (before, after)
     return None if before == after else f"{where}: {before} against {after}"
 
 

@@ -57,6 +57,12 @@ def compare(plan, laws, counts=(1, 3)):
     return closed_forms.compare(plan, settings(plan, laws, counts), times=3, rows=24, draws=64, progress=done)
 
 
+def test_in_one_dimension_where_one_direction_is_exact_there_is_a_report(tmp_path, cli):
+    code, _, err = cli("ablate", "study=estimator", "size=smoke", "data=gaussian", "study.dims=[1]")
+    assert code == 0, err
+    assert list(tmp_path.rglob("report.html"))
+
+
 def test_measured_variances_of_the_loss_are_the_closed_forms_and_there_is_no_bias(four):
     rows = [row for row in compare(four, LAWS) if row["law"] != "exact"]
     cells = [cell for row in rows for cell in (row, *row["by_time"])]

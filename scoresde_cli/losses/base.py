@@ -78,7 +78,8 @@ class Loss(ABC):
         if self.needs_kernel and sde.kernel() is None:
             why = "has no noise to remove" if sde.still else "is known by its paths alone"
             raise ScoreSDEError(
-                f"loss={self.name} needs the law of x_t given x_0 in closed form, and {process} {why}; ism, ssm and ssm_vr work"
+                f"loss={self.name} needs the law of x_t given x_0 in closed form, and {process} {why}; ism, ssm, ssm_vr and fd_ssm "
+                "work"
             )
         if self.needs_jumps and sde.jumps is None:
             raise ScoreSDEError(

@@ -45,12 +45,17 @@ def read_matrix(file: str, where: str) -> Tensor:
             if path.suffix.lower() == ".npy"
             else np.loadtxt(path, delimiter=",", ndmin=2)
         )
+        if np.iscomplexobj(found):
+            raise ValueError("complex numbers")
         matrix = torch.from_numpy(np.asarray(found, dtype=np.float64).copy())
     except Exception as problem:
         raise Unreadable(f"{where}={file}: not readable as {path.suffix[1:]} ({one_line(problem)[:120]})") from problem
-    if matrix.ndim != 2 or not matrix.isfinite().all():
+    if matrix.ndim != 2:
+        raise ScoreSDEError(f"{where}={file}: expected a matrix, found the shape {tuple(matrix.shape)}")
+    if not matrix.isfinite().all():
+        row, column = (~matrix.isfinite()).nonzero()[0].tolist()
         raise ScoreSDEError(
-            f"{where}={file}: expected a matrix of finite numbers, found the shape {tuple(matrix.shape)}"
+            f"{where}={file}: expected finite numbers, found {float(matrix[row, column])} in row {row}, column {column}"
         )
     return matrix
 
@@ -203,6 +208,8 @@ class Factors(Covariance):
     def factor(self, shape: Shape) -> Structured:
         d, U = math.prod(shape), self.kept.get("loadings")
         if U is None:
+            if self.rank > d:
+                raise ScoreSDEError(f"sde.rank={self.rank}: expected at most {d}, for data of {d} numbers")
             U = normal((d, self.rank), generator(self.law_seed, "factors", d, self.rank), torch.float64)
         if len(U) != d or U.shape[1] > d:
             raise ScoreSDEError(

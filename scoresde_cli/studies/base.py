@@ -281,5 +281,11 @@ def draw(found: Sequence[Grouped], out: Path) -> list[Figure]:
         for i, (panel, _) in enumerate(found):
             path = charts.dots(panel, out / f"comparison-{i}.png", panel.title)
             of = f" of {panel.title}" if panel.title else ""
-            figures.append(Figure(path, f"Means{of} with 95 % intervals; faint points are single seeds."))
+            one = all(len(each.values) < 2 for measured in panel.measured for each in measured.rows)
+            shown = (
+                "one seed each, so without intervals"
+                if one
+                else "means with 95 % intervals; faint points are single seeds"
+            )
+            figures.append(Figure(path, f"Comparison{of}: {shown}."))
     return figures

@@ -1,7 +1,7 @@
 """What does correlation in the diffusion matrix do to the dynamics? Closed forms on Gaussian data, and trained models."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.studies import analysis
 from scoresde_cli.studies import mode_dynamics as modes
 from scoresde_cli.studies.base import Findings, GridStudy, Job, Setting
@@ -203,7 +204,16 @@ class Correlation(GridStudy):
         "dx = -b/2 x dt + sqrt(b) L dW with L L^T = Sigma: when does a Sigma that is not the identity help, when does it hurt, "
         "and how does that depend on the dimension?"
     )
-    varies: ClassVar[tuple[str, ...]] = (*GridStudy.varies, "data", "sde", "sde.sigma", "sde.rho", "parameterisation")
+    varies: ClassVar[tuple[str, ...]] = (*GridStudy.varies, "sde", "sde.sigma", "sde.rho", "parameterisation")
+
+    def check(self, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
+        for override in overrides:
+            if override.startswith("data="):
+                raise ScoreSDEError(
+                    f"{override}: this study brings its own data, of known correlation (study.data=[none,'ar1 0.95']); on yours "
+                    "compare train -m sde=correlated sde.sigma=identity,data"
+                )
+        super().check(overrides, config)
 
     def settings(self, d: int, loss: str) -> list[Setting]:
         found: list[Setting] = []

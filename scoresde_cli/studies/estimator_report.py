@@ -125,7 +125,10 @@ def plain(found: Found) -> str:
         f"{name(found)}: plain ssm at its best ({setting(found['best']['ssm']['best'])}) has {interval(against)} times the cost "
         f"times variance of ssm_vr at its best ({setting(found['best']['ssm_vr']['best'])}), {ends} it"
     )
-    shared = next((law for loss, law in grouped if loss == "ssm_vr" and first in grouped[loss, law]), None)
+    shared = next(
+        (law for loss, law in grouped if loss == "ssm_vr" and ("ssm", law) in grouped and first in grouped[loss, law]),
+        None,
+    )
     if shared is None:
         return f"{text}."
     shared = "rademacher" if ("ssm_vr", "rademacher") in grouped else shared

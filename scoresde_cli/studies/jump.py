@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import NonNegativeFloat
 
-from scoresde_cli.compose import build
+from scoresde_cli.compose import build, locate
 from scoresde_cli.datasets.base import SampledMixture
 from scoresde_cli.datasets.jump_oracle import covers
 from scoresde_cli.errors import ScoreSDEError
@@ -50,6 +50,11 @@ def any_way(cell: Cell) -> Cell:
     return replace(cell, summary=summary)
 
 
+OF_KNOWN_FIELDS = (
+    "expected data whose fields under jumps are known (eight_gaussians, gaussian, gmm); trained and tails take any"
+)
+
+
 @dataclass(kw_only=True)
 class JumpStudy(GridStudy):
     """
@@ -82,7 +87,11 @@ class JumpStudy(GridStudy):
 
     def jobs(self, config: Mapping[str, Any], overrides: Sequence[str], own: Callable[[], int]) -> list[Job]:
         found = []
-        parts = self.parts or ["exact", "trained", "tails"]
+        cls = locate(config["data"]["_target_"], "data")
+        known = isinstance(cls, type) and issubclass(cls, SampledMixture)
+        parts = self.parts or ["exact", "trained", "tails"][not known :]
+        if "exact" in parts and not known:
+            raise ScoreSDEError(f"study.parts=[exact]: {OF_KNOWN_FIELDS}")
         common, losses, ways = self.common(config), self.of_size("losses"), self.of_size("samplers")
         for seed in range(self.of_size("seeds")):
             more = [f"seed={seed}", "network.activation=silu"]
@@ -135,10 +144,7 @@ class JumpStudy(GridStudy):
     def measure(self, config: Mapping[str, Any], folder: Path) -> None:
         data, sde = build(config["data"], "data"), build(config["sde"], "sde")
         if not isinstance(data, SampledMixture) or not covers(data.law, sde):
-            raise ScoreSDEError(
-                "study.parts=[exact] needs data whose fields under jumps are known (eight_gaussians, gaussian, gmm); "
-                "study.parts=[trained] takes any"
-            )
+            raise ScoreSDEError(f"study.parts=[exact]: {OF_KNOWN_FIELDS}")
         rows, facts = ways_back(data.law, sde, self.of_size("n"), self.of_size("walk"), int(config["seed"]))
         facts |= {"n": self.of_size("n"), "steps": self.of_size("walk")}
         folder.mkdir(parents=True, exist_ok=True)
