@@ -82,11 +82,16 @@ def measure(folder: RunDir, keys: dict[str, Any], chosen: dict[str, Any] | None,
     file = run.path / "evaluation.json"
     earlier = read_earlier(file)
     parts = compose({**run.config, "device": keys["device"], "resume": None, "dir": None, "trust": False})
-    if parts.data.facts.get("sha256") != folder.facts()["data"].get("sha256"):
-        console.warn("the data file has changed since the run was trained: the numbers are for the file as it is now")
     if (parts.data.shape, parts.data.columns) != (run.shape, run.columns):
         raise Unreadable(f"run={run.path}: the data has changed shape or columns since the run was trained")
+    if parts.data.facts.get("sha256") != folder.facts()["data"].get("sha256"):
+        raise Unreadable(
+            f"run={run.path}: the data file has changed since the run was trained, so which rows it has not seen is not known; put "
+            "the file back as it was, or train anew"
+        )
     asked = [keys["metrics"]] if isinstance(keys["metrics"], str) else keys["metrics"]
+    if asked == []:
+        raise ScoreSDEError("metrics=[]: expected one at least, or null for all that mean something on this data")
     metrics = evaluation.pick_metrics(asked, parts.data, parts.model)
     if flow.projection is not None and "nll" in metrics:
         check_law(flow.projection, parts.data.shape, flow.n_proj, 256, parts.dtype, type(flow.projection).__name__)
