@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -32,9 +33,17 @@ PATH_KEYS = ("run", "resume", "dir", "dirs", "out", "data.path")
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code (errors.py)."""
     arguments = sys.argv[1:] if argv is None else argv
+    if argv is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminated)
     if argv is None and not os.environ.get("SCORESDE_DEBUG"):
         warnings.simplefilter("ignore")  # other libraries' remarks are not the user's; ours are lines of our own
     return processes.leave(carried_out(arguments))
+
+
+def terminated(signum: int, frame: object) -> None:
+    """Where nothing has to be saved, before and after the work (training/stop.py): as ever, at once, but not in silence."""
+    fail("stopped by SIGTERM", 143)
+    os._exit(143)
 
 
 def carried_out(arguments: list[str]) -> int:

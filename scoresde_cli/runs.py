@@ -90,7 +90,10 @@ class Run:
             raise ScoreSDEError(f"label={label}: the run was trained without labels (data.labels)")
         name = label_name(label)
         if name not in classes:
-            raise ScoreSDEError(f"label={label}: expected one of {', '.join(classes)}{nearest(name, classes)}")
+            near = (
+                "" if isinstance(label, int | float) else nearest(name, classes)
+            )  # digits that look alike are not near
+            raise ScoreSDEError(f"label={label}: expected one of {', '.join(classes)}{near}")
         index = classes.index(name)
         return self.model.labelled(torch.tensor([index])) if guidance == 1 else Guided(self.model, index, guidance)
 

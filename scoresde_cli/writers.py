@@ -227,7 +227,9 @@ def write_samples(
             done += len(u)
         writer.finish(path)
         temporary.replace(out)
-    except BaseException:
+    except BaseException as problem:
+        if isinstance(problem, OSError):
+            problem.filename = str(out)  # a full disk, which says nothing of where
         if writer is not None:
             with contextlib.suppress(Exception):
                 writer.abort()

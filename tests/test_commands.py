@@ -118,6 +118,17 @@ def test_known_values_are_kept_in_the_users_units(here):
     assert frame["x1"].std() > 0
 
 
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [("x0: 500", "x0=500 is far outside the training data"), ("x0: 0.5, x1: 0.5", "every value is known")],
+    ids=["far", "all"],
+)
+def test_known_values_that_leave_nothing_to_learn_from_are_pointed_out(known, says, here):
+    code, _, err = here("sample", "n=4", f"sampler.known={{{known}}}", "sampler.repaint=1", "out=odd.csv", "overwrite=true")
+    assert code == 0
+    assert says in err
+
+
 def test_known_values_are_refused_where_the_whole_law_is_measured(here, cli):
     assert "for `scoresde sample`" in here("evaluate", "n=50", "sampler.known={x0: 1}")[2]
     assert "for `scoresde sample`" in cli("train", "sampler.known={x0: 1}", "tracker.mode=disabled")[2]

@@ -127,7 +127,9 @@ def test_aimed_directions_are_exact_with_enough_of_them(law, device):
     for n in (law.whole(6), 2 * law.whole(6)):
         off = (traces(law, A, n, n, device, 10_000) - A.trace()).abs()
         assert off.quantile(0.99) < 1e-12
-        assert off.max() < 1e-8  # rounding times the square of the largest condition number of so many sketches, about 1e4
+        assert (
+            off.max() < 1e-8
+        )  # rounding times the square of the largest condition number of so many sketches, about 1e4
 
 
 @pytest.mark.parametrize("law", ADAPTED, ids=name)

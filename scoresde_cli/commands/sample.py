@@ -64,6 +64,8 @@ def task(config: DictConfig) -> int:
     track = pick_track(run, sampler, keys, out)
     watch = None if track is None else track.watch
     known = run.known(sampler)
+    if known is not None and (far := known.beyond(run.parts.data)):
+        console.warn(f"sampler.known: {far}, where the model knows nothing: what is drawn given it means nothing")
     drawn = run.blocks(keys["n"], keys["seed"], sampler, keys["label"], keys["guidance"], known, watch)
     evaluations, bad = 0.0, 0
 
@@ -85,7 +87,9 @@ def task(config: DictConfig) -> int:
         )
     weights = "averaged weights" if run.averaged else "last weights"
     given = "" if keys["label"] is None else f", given label {keys['label']} with guidance {keys['guidance']:g}"
-    if sampler.known is not None:
+    if known is not None and not known.value.isnan().any():
+        console.warn("sampler.known: every value is known, so nothing was drawn")
+    elif known is not None:
         console.note(
             f"note: the open values are drawn given the known ones by repainting (sampler.repaint={sampler.repaint}), which is "
             "approximate; more repeats are more exact"

@@ -230,9 +230,11 @@ def session(run: RunDir, config: dict[str, Any], parts: Parts, tracker: WandB, s
         except OSError as problem:
             record_failure(run, problem)
             where = f"{problem.filename}: " if problem.filename else ""
+            saved = (
+                "what was saved before is kept" if checkpoints(run.path / "checkpoints") else "nothing was saved yet"
+            )
             raise ScoreSDEError(
-                f"{where}{problem.strerror or problem}; what was saved before is kept, go on with: scoresde train "
-                f"{quote(f'resume={run.path}')}"
+                f"{where}{problem.strerror or problem}; {saved}, go on with: scoresde train {quote(f'resume={run.path}')}"
             ) from problem
         except SystemExit:  # submitit has requeued the job
             run.update(status="preempted", ended=now())

@@ -127,6 +127,21 @@ class Known:
         value = self.given[np.arange(first, first + len(u)) % len(self.given)]
         return np.where(np.isnan(value), u, value)
 
+    def beyond(self, data: Dataset) -> str | None:
+        """The first known value that is farther from the training data than that is wide, in words."""
+        low, high = data.bounds
+        flat, width = self.value.flatten(1).float(), (high - low).cpu()
+        far = (flat < low.cpu() - width) | (flat > high.cpu() + width)
+        if not far.any():
+            return None
+        row, place = far.nonzero()[0].tolist()
+        ends = data.units.to_user(torch.stack([low, high]).cpu().reshape(2, *data.shape), rounded=False).flatten(1)[
+            :, place
+        ]
+        name = data.columns[place] if data.columns else f"x{place}"
+        value = float(data.units.to_user(self.value[row : row + 1], rounded=False).flatten()[place])
+        return f"{name}={value:g} is far outside the training data ({float(ends[0]):.4g} to {float(ends[1]):.4g})"
+
     @classmethod
     def read(cls, given: Mapping[Any, Any] | str, data: Dataset) -> "Known":
         """From {column: value} or a file, in the user's units. Raises ScoreSDEError or Unreadable where that fails."""
