@@ -124,7 +124,9 @@ def test_known_values_are_kept_in_the_users_units(here):
     ids=["far", "all"],
 )
 def test_known_values_that_leave_nothing_to_learn_from_are_pointed_out(known, says, here):
-    code, _, err = here("sample", "n=4", f"sampler.known={{{known}}}", "sampler.repaint=1", "out=odd.csv", "overwrite=true")
+    code, _, err = here(
+        "sample", "n=4", f"sampler.known={{{known}}}", "sampler.repaint=1", "out=odd.csv", "overwrite=true"
+    )
     assert code == 0
     assert says in err
 

@@ -36,7 +36,7 @@ from scoresde_cli.training.state import TrainState
 MOST = 64  # directions that are considered, and dimensions up to which the exact trace is
 BETTER = 0.02  # what a change has to gain
 DEAR = 6.0  # times the cost of a step without tangents: the exact trace is not worth more where r < 5, and not tried
-TRIAL = 0.01  # of the run's time, for each of two measurements of costs
+TRIAL = 0.005  # of the run's time, for each of two measurements of costs
 FIRST = 100  # steps to the second estimate
 SELDOM, PART = 400, 8  # steps between later ones: so great a part of the budget, at least SELDOM
 FEWEST, MANY = 4, 16  # batches of an estimate
@@ -97,10 +97,8 @@ def cost_of_a_tangent(plan: Plan, loss: SSM, d: int) -> tuple[float, float]:
 
 
 def fastest(plan: Plan, losses: Sequence[Loss]) -> list[float]:
-    """The least seconds of a training step with each loss, in as many turns as fit the part TRIAL of the run, 3 to 30."""
-    once = variance.step_seconds(plan, losses, 1)
-    whole = min(plan.steps * once[0], plan.max_seconds or math.inf)
-    return variance.step_seconds(plan, losses, max(3, min(30, int(TRIAL * whole / sum(once)))))
+    """The least seconds of a training step with each loss, in as many of 30 turns as fit the part TRIAL of the run."""
+    return variance.step_seconds(plan, losses, 30, TRIAL)
 
 
 def pooled(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

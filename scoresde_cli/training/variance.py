@@ -142,17 +142,22 @@ def work(r: float, c: float, counts: Sequence[int], shares: Sequence[float]) -> 
     return [(1.0 + c * n) * (1.0 + max(r, 0.0) * share) for n, share in zip(counts, shares, strict=True)]
 
 
-def step_seconds(plan: Plan, losses: Sequence[Loss], turns: int) -> list[float]:
+def step_seconds(plan: Plan, losses: Sequence[Loss], turns: int, part: float = math.inf) -> list[float]:
     """The least seconds of a whole training step with each loss, on one copy of the weights, which the steps leave as they are.
 
     On a busy machine others only add to them. Each turn takes the losses in another order, so that no two share their
-    disturbances, after a turn that warms up.
+    disturbances, after a turn that warms up. Of the turns, 3 to all are made: as many as fit `part` of the plan's whole time.
     """
     model, field = copy.deepcopy((plan.model, plan.field))  # they share their weights, and so do the copies
     trial = replace(plan, model=model, field=field)
     state = loop.start(trial)
-    least = [math.inf] * len(losses)
+    least, start, limit = [math.inf] * len(losses), time.perf_counter(), math.inf
     for turn in range(turns + 1):
+        if turn == 1:
+            step, start = (time.perf_counter() - start) / len(losses), time.perf_counter()
+            limit = part * min(plan.steps * step, plan.max_seconds or math.inf)
+        elif turn > 3 and time.perf_counter() - start > limit:
+            break
         for i in torch.randperm(len(losses), generator=generator(plan.seed, "turns", turn)).tolist():
             began = time.perf_counter()
             loop.train_step(replace(trial, loss=losses[i]), state, 0.0)
