@@ -4,6 +4,7 @@ import torch
 
 from scoresde_cli import projections
 from scoresde_cli.compose import Parts
+from scoresde_cli.networks.unet import UNet
 from scoresde_cli.sdes.whitened import MatrixKernel
 
 
@@ -71,6 +72,13 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
     elif getattr(parts.model.network, "spatial", False) and loss.second_order and not loss.needs_kernel:
         warnings.append(
             f"loss={loss.name} on images: a step of loss=dsm takes less than half the time, and learnt as much on the digits"
+        )
+    net = parts.model.network
+    if isinstance(net, UNet) and net.coarsest > max(net.image[1:]):
+        sides, padded = (" x ".join(map(str, each)) for each in (net.image[1:], net.padded))
+        warnings.append(
+            f"the levels of network=unet halve {sides} pixels to less than one, so images are padded to {padded}: take fewer "
+            "network.multipliers, or a smaller network.patch"
         )
     if loss.second_order and parts.model.parameterisation.warning:
         warnings.append(parts.model.parameterisation.warning)

@@ -155,6 +155,8 @@ def positional(name: str, rest: list[str]) -> list[str]:
     folders = list(
         itertools.takewhile(lambda word: ("=" not in word and not word.startswith("-")) or Path(word).is_dir(), rest)
     )
+    if len(folders) == 1 and rest[0].startswith("[") and not Path(rest[0]).exists():
+        return [f"{'dirs' if name == 'report' else 'run'}={rest[0]}", *rest[1:]]  # a list, in Hydra's words
     if folders and name == "report":
         return [f"dirs=[{','.join(map(quoted, folders))}]", *rest[len(folders) :]]
     if len(folders) > 1 and name == "evaluate":

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from scoresde_cli.advice import advice
+from scoresde_cli.compose import compose
 from scoresde_cli.datasets.base import split_rows
 from scoresde_cli.datasets.digits import Digits
 from scoresde_cli.datasets.hf import HF
@@ -24,6 +26,7 @@ from scoresde_cli.rng import generator, uniform
 from scoresde_cli.stored import pack_data, unpack_data
 from tests.conftest import SHARED
 from tests.pictures import idx_bytes, write_hf, write_idx, write_pictures
+from tests.test_evaluation import config
 
 F64 = torch.float64
 
@@ -357,3 +360,10 @@ def test_without_package_network_or_set_there_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ScoreSDEError, match=r"pip install 'scoresde\[images\]'"):
         HF("mnist")
+
+
+@pytest.mark.parametrize(("levels", "padded"), [(4, None), (5, "16 x 16")])
+def test_levels_below_one_pixel_are_pointed_out(levels, padded):
+    changes = {"network": "unet", "network__channels": 4, "network__multipliers": str([1] * levels).replace(" ", "")}
+    said = [line for line in advice(compose(config(data="digits", **changes)), [])[1] if "images are padded to" in line]
+    assert [padded in line for line in said] == [True] * (padded is not None)

@@ -54,13 +54,9 @@ class UNet(nn.Module):
             raise ScoreSDEError("network.multipliers=[]: expected one number a level, as in [1,2,2]")
         self.image = (*(1,) * (3 - len(shape)), *shape)
         self.classes, self.patch = classes, patch or default[3]
-        if self.patch > max(self.image[1:]):
-            raise ScoreSDEError(
-                f"network.patch={self.patch}: one patch holds all of {self.image[1]} x {self.image[2]} pixels; expected less"
-            )
         self.coarsest = self.patch * 2 ** (len(ratios) - 1)
-        top = -(-self.image[1] // self.coarsest) * self.coarsest // self.patch
-        heights = [top >> i for i in range(len(ratios))]
+        self.padded = tuple(-(-side // self.coarsest) * self.coarsest for side in self.image[1:])
+        heights = [self.padded[0] // self.patch >> i for i in range(len(ratios))]
         chosen = heights[-1:] if attention is None else attention
         missing = set(chosen) - set(heights)
         if missing:

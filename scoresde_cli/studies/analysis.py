@@ -131,7 +131,10 @@ def analyse(title: str, cells: Sequence[Cell], metrics: Sequence[str]) -> Panel:
     named = dict(zip(labels([group[0].setting for group in groups.values()]), groups.values(), strict=True))
     for name, group in named.items():
         if len({cell.seed for cell in group}) != len(group):
-            raise ScoreSDEError(f"{name}: a seed stands twice among {', '.join(cell.path for cell in group)}")
+            raise ScoreSDEError(
+                f"{name}: a seed stands twice among {', '.join(cell.path for cell in group)}, which differ in nothing that is "
+                "compared; leave one of them out"
+            )
     measured, notes = [], [say(name, group) for say in (unfinished, uneven) for name, group in named.items()]
     for metric in metrics:
         if all(cell.number(metric) is None for cell in cells):
