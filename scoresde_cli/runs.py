@@ -92,7 +92,7 @@ class Run:
         if name not in classes:
             near = (
                 "" if isinstance(label, int | float) else nearest(name, classes)
-            )  # digits that look alike are not near
+            )  # numbers of like digits are not near
             raise ScoreSDEError(f"label={label}: expected one of {', '.join(classes)}{near}")
         index = classes.index(name)
         return self.model.labelled(torch.tensor([index])) if guidance == 1 else Guided(self.model, index, guidance)

@@ -135,12 +135,10 @@ class Known:
         if not far.any():
             return None
         row, place = far.nonzero()[0].tolist()
-        ends = data.units.to_user(torch.stack([low, high]).cpu().reshape(2, *data.shape), rounded=False).flatten(1)[
-            :, place
-        ]
+        ends = data.units.to_user(torch.stack([low, high]).cpu().reshape(2, *data.shape), rounded=False).flatten(1)
         name = data.columns[place] if data.columns else f"x{place}"
         value = float(data.units.to_user(self.value[row : row + 1], rounded=False).flatten()[place])
-        return f"{name}={value:g} is far outside the training data ({float(ends[0]):.4g} to {float(ends[1]):.4g})"
+        return f"{name}={value:g} is far outside the training data ({ends[0, place]:.4g} to {ends[1, place]:.4g})"
 
     @classmethod
     def read(cls, given: Mapping[Any, Any] | str, data: Dataset) -> "Known":
