@@ -1,10 +1,11 @@
 """What the user should know of a setting before the work starts: risky, but legal."""
 
+from typing import Any
+
 import torch
 
 from scoresde_cli import projections
 from scoresde_cli.compose import Parts
-from scoresde_cli.networks.unet import UNet
 from scoresde_cli.sdes.whitened import MatrixKernel
 
 
@@ -73,8 +74,8 @@ def advice(parts: Parts, overrides: list[str]) -> tuple[list[str], list[str]]:
         warnings.append(
             f"loss={loss.name} on images: a step of loss=dsm takes less than half the time, and learnt as much on the digits"
         )
-    net = parts.model.network
-    if isinstance(net, UNet) and net.coarsest > max(net.image[1:]):
+    net: Any = parts.model.network
+    if getattr(net, "coarsest", 0) > max(getattr(net, "image", (0, 0))[1:]):
         sides, padded = (" x ".join(map(str, each)) for each in (net.image[1:], net.padded))
         warnings.append(
             f"the levels of network=unet halve {sides} pixels to less than one, so images are padded to {padded}: take fewer "

@@ -33,7 +33,7 @@ PATH_KEYS = ("run", "resume", "dir", "dirs", "out", "data.path")
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code (errors.py)."""
     arguments = sys.argv[1:] if argv is None else argv
-    if argv is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if argv is None and not processes.placed() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminated)
     if argv is None and not os.environ.get("SCORESDE_DEBUG"):
         warnings.simplefilter("ignore")  # other libraries' remarks are not the user's; ours are lines of our own
@@ -41,9 +41,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def terminated(signum: int, frame: object) -> None:
-    """Where nothing has to be saved, before and after the work (training/stop.py): as ever, at once, but not in silence."""
-    fail("stopped by SIGTERM", 143)
-    os._exit(143)
+    """Where nothing has to be saved, before and after the work (training/stop.py): the end by this signal, but not in silence."""
+    signal.signal(signum, signal.SIG_DFL)
+    with contextlib.suppress(OSError):
+        os.write(2, b"scoresde: stopped by SIGTERM\n")
+    os.kill(os.getpid(), signum)
 
 
 def carried_out(arguments: list[str]) -> int:

@@ -1,8 +1,8 @@
 """What a user can do wrong, and what can go wrong without them: each an exception with an exit code.
 
 Exit codes: 0 done, 2 the user's mistake, 3 diverged, 4 data or checkpoint unreadable, 5 another process of the run lost,
-130 interrupted, 143 asked to stop and checkpointed. The command line prints the message as one line on stderr; a traceback is a
-bug.
+130 interrupted, 143 asked to stop (and, while training, checkpointed). The command line prints the message as one line on
+stderr; a traceback is a bug.
 """
 
 import difflib

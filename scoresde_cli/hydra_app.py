@@ -115,6 +115,7 @@ def check_values(name: str, flags: list[str], varying: dict[str, list[str]], fix
     )
     plain = [o for o in fixed if not o.startswith("hydra")]
     of_data = any(key.split(".")[0] == "data" for key in varying)
+    seen: set[str] = set()
     with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
         for pick in picks:
             overrides = [*plain, *(f"{key}={value}" for key, value in pick.items())]
@@ -124,8 +125,9 @@ def check_values(name: str, flags: list[str], varying: dict[str, list[str]], fix
                     composition = importlib.import_module("scoresde_cli.compose")
                     chosen: Any = OmegaConf.to_container(config, resolve=True)
                     composition.check(chosen)
-                    if of_data:  # read once more in its job: a file that is missing shows now and not in the night
+                    if of_data and repr(chosen["data"]) not in seen:  # what is missing shows now and not in the night
                         composition.build(chosen["data"], "data")
+                        seen.add(repr(chosen["data"]))
             except ScoreSDEError:
                 raise
             except Exception as problem:

@@ -228,8 +228,8 @@ def write_samples(
         writer.finish(path)
         temporary.replace(out)
     except BaseException as problem:
-        if isinstance(problem, OSError):
-            problem.filename = str(out)  # a full disk, which says nothing of where
+        if isinstance(problem, OSError) and problem.filename in (None, str(temporary)):
+            problem.filename = str(out)  # a full disk says nothing of where
         if writer is not None:
             with contextlib.suppress(Exception):
                 writer.abort()

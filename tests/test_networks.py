@@ -9,6 +9,8 @@ from torch import nn
 from scoresde_cli import divergence
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.identity import randomise
+from scoresde_cli.losses.dsm import DSM
+from scoresde_cli.losses.ssm_vr import SSMVR
 from scoresde_cli.networks import unet
 from scoresde_cli.networks.energy_mlp import EnergyMLP
 from scoresde_cli.networks.log_mlp import LogMLP
@@ -18,6 +20,7 @@ from scoresde_cli.networks.parameterisation import X0, Eps, Raw, Residual, covar
 from scoresde_cli.networks.resmlp import ResMLP
 from scoresde_cli.networks.sharp_mlp import SharpMLP
 from scoresde_cli.networks.unet import UNet
+from scoresde_cli.projections import Rademacher
 from scoresde_cli.rng import generator, normal
 from scoresde_cli.sdes.ve import VE
 from scoresde_cli.sdes.vp import VP
@@ -412,3 +415,20 @@ def test_auto_covariance_is_full_for_many_dimensions_and_enough_data():
     assert fit_gaussian(few, "auto").basis is None
     assert fit_gaussian(many, "auto").basis is not None
     assert fit_gaussian(many[:, :8], "auto").basis is None
+
+
+@pytest.mark.parametrize("loss", [DSM(), SSMVR(Rademacher(), 1)], ids=["dsm", "ssm_vr"])
+def test_bfloat16_gradients_of_a_unet_are_those_of_float32_but_for_rounding(loss):
+    x = normal((64, 1, 8, 8), generator(0, "x"))
+    model = ScoreModel(
+        randomise(UNet((1, 8, 8), channels=16, multipliers=[1, 2]), 1), VP(), Residual(), fit_gaussian(x, "image")
+    )
+    model = model.float()
+    weights, found = [p for p in model.parameters() if p.requires_grad], {}
+    for low in (False, True):
+        model.low = low
+        value = loss(model, model.sde, x, generator(0, "loss")).mean()
+        found[low] = torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    off = float((found[True] - found[False]).norm() / found[False].norm())
+    assert 1e-4 < off < 0.03  # a product keeps 8 bits (4e-3), and some twenty layers add up

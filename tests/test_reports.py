@@ -133,6 +133,24 @@ def test_seeds_may_differ_but_data_may_not_neither_between_settings_nor_between_
     assert "data a against b" in note
 
 
+@pytest.mark.parametrize(
+    ("seeds", "over"),
+    [
+        ({"a": range(5), "b": range(1, 6), "c": [0]}, [1, 2, 3, 4]),
+        ({"a": [0, 1, 2], "b": [1, 2, 3], "c": [5]}, [1, 2]),
+        ({"a": [0, 1], "b": [1, 2]}, [1]),
+        ({"a": [0, 1, 2], "b": [0, 1], "c": [0, 1, 2]}, [0, 1]),
+    ],
+)
+def test_a_setting_with_few_seeds_takes_none_away_from_the_others(seeds, over):
+    cells = [cell({"loss": name}, seed, 1.0 + 0.1 * seed) for name, those in seeds.items() for seed in those]
+    (found,) = analyse("", cells, ["score_error"]).measured
+    assert found.seeds == over
+    assert {row.label for row in found.rows if row.against} == {
+        n for n, those in seeds.items() if set(over) <= set(those)
+    }
+
+
 def test_a_seed_that_stands_twice_is_refused():
     with pytest.raises(ScoreSDEError, match="a seed stands twice"):
         analyse("", [*grid(), cell({"loss": "a"}, 0, 1.0)], ["score_error"])

@@ -246,6 +246,10 @@ def test_a_report_of_a_sweep_finds_what_varies(tmp_path, cli):
     assert "| ism |" not in distances
     assert cli("report", str(folder), "other", "out=distances", "metrics=[sliced_wasserstein]")[0] == 0
     assert "### n = 150: sliced_wasserstein" in (tmp_path / "distances/report.md").read_text()
+    # The same run, evaluated once more, takes nothing away either.
+    assert cli("train", "loss=dsm", "seed=0", "dir=again", *small, "eval.n=120")[0] == 0
+    assert cli("report", str(folder), "again", "out=twice", "metrics=[score_error]")[0] == 0
+    assert re.search(r"\| (ssm|dsm) \|.*told apart", (tmp_path / "twice/report.md").read_text())
     code, _, err = cli("report", "nowhere")
     assert (code, "no such directory" in err) == (2, True)
     (tmp_path / "empty").mkdir()

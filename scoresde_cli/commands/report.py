@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,14 +198,19 @@ def of_runs(runs: Sequence[RunDir], metrics: Sequence[str], out: Path) -> Findin
     def split(name: str) -> bool:
         return name.split(".")[0] in ("data", "eval", "steps", "max_seconds")  # what is not compared across
 
-    # Runs that were evaluated otherwise stand together under a metric whose protocol is one and the same.
-    together, by = cells(trained), list(filter(split, setting(configs[0], trained)))
-    alike = Counter((identity(each.setting), each.seed) for each in together)
-    joint = [] if max(alike.values()) > 1 else [m for m in metrics if comparable(together, m, by)]
+    # Runs that were evaluated otherwise stand together under a metric whose protocol is one and the same; one run of each kind.
+    firsts = {(identity(each.setting), each.seed): each for each in reversed(cells(trained))}
+    together, by = list(reversed(firsts.values())), list(filter(split, setting(configs[0], trained)))
+    joint = [metric for metric in metrics if trained != varying and comparable(together, metric, by)]
     found = panels(together, joint, by) if joint else []
     if rest := [metric for metric in metrics if metric not in joint]:
         found += panels(cells(varying), rest, list(filter(split, setting(configs[0], varying))))
-    return conclusions(found, out)
+    made = conclusions(found, out)
+    if joint and len(together) < len(runs):
+        made.notes.append(
+            f"of runs that differ in their evaluation alone the first one stands under {', '.join(joint)}"
+        )
+    return made
 
 
 def comparable(cells: Sequence[Cell], metric: str, by: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ the reverse pass is, for gradients g of h and g_k of dh_k,
 
 where with S = sigmoid(a), silu = a S, silu' = silu + S - silu S and silu'' = S + silu' - 2 S silu'.
 
-All of it is float32 where autocast gives lower precision.
+With tangents all of it is float32 where autocast gives lower precision.
 """
 
 from collections.abc import Callable
@@ -168,7 +168,8 @@ class Norm(nn.Module):
         if film is None:
             a = F.group_norm(h, self.groups, self.weight, self.bias, EPS)
         else:
-            a = scaled(F.group_norm(h, self.groups, eps=EPS), s.to(h.dtype), b.to(h.dtype))
+            hat = F.group_norm(h, self.groups, eps=EPS)
+            a = scaled(hat, s.to(hat.dtype), b.to(hat.dtype))
         return F.silu(a) if self.bent else a, None
 
 

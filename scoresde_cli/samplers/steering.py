@@ -131,6 +131,7 @@ class Known:
         """The first known value that is farther from the training data than that is wide, in words."""
         low, high = data.bounds
         flat, width = self.value.flatten(1).float(), (high - low).cpu()
+        width = width.max() if data.kind == "image" else width
         far = (flat < low.cpu() - width) | (flat > high.cpu() + width)
         if not far.any():
             return None

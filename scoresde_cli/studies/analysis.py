@@ -2,7 +2,7 @@
 
 A cell is one run: a setting (its factors by name) and a seed. A panel holds the cells that are compared with each other. In a
 panel each metric has a table of its own, provided that its entries share a protocol. A setting is compared where all of its
-runs finished with a finite number; over the seeds that all such settings have. What is not compared is listed, with the reason.
+runs finished with a finite number; over seeds that all that are compared have. What is not compared is listed, with the reason.
 """
 
 import math
@@ -194,12 +194,17 @@ def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
         for each in rows
         if len(each.values) < finished[each.label]
     ] + [f"{name}: no run of it has this number" for name in without]
-    notes += [f"{each.label}: it has not all of these seeds; not compared" for each in complete if not has(each, seeds)]
+    named_seeds = ", ".join(map(str, seeds))
+    notes += [
+        f"{each.label}: not compared, it lacks one of the seeds {named_seeds}"
+        for each in complete
+        if not has(each, seeds)
+    ]
     complete = [each for each in complete if has(each, seeds)]
     dropped = sorted({seed for each in complete for seed in each.values} - set(seeds))
     if dropped:
         notes.append(
-            f"compared over {', '.join(map(str, seeds)) or 'no seed'}: not all settings have seed {', '.join(map(str, dropped))}"
+            f"compared over {named_seeds or 'no seed'}: not all settings have seed {', '.join(map(str, dropped))}"
         )
     comparison = None
     if len(complete) > 1 and seeds:
@@ -220,8 +225,8 @@ def has(each: Row, seeds: Sequence[int]) -> bool:
 
 
 def shared(rows: Sequence[Row]) -> list[int]:
-    """The seeds to compare over: those of one of the settings, or what all share, by which most is learnt of most pairs; a setting
-    that lacks some of them is left aside, so that one run does not take the others' seeds away."""
+    """The seeds to compare over: those that all share, or that two of the settings do, by which most is learnt of most pairs; a
+    setting that lacks some of them is left aside, so that one run does not take the others' seeds away."""
     sets = [set(each.values) for each in rows]
 
     def worth(seeds: set[int]) -> tuple[int, int]:
@@ -229,8 +234,10 @@ def shared(rows: Sequence[Row]) -> list[int]:
         pairs = count * (count - 1)
         return pairs * (len(seeds) - 1), pairs * len(seeds)
 
-    best: set[int] = max([set.intersection(*sets), *sets], key=worth) if sets else set()
-    return sorted(best)
+    choices = (
+        {tuple(sorted(a & b)) for a in sets for b in sets} | {tuple(sorted(set.intersection(*sets)))} if sets else {()}
+    )
+    return list(max(sorted(choices), key=lambda seeds: worth(set(seeds))))
 
 
 def row(metric: str, name: str, group: Sequence[Cell]) -> Row:
@@ -378,9 +385,11 @@ def sentence(found: Measured) -> str:
     means = {name: float(np.mean(list(by_label[name].values.values()))) for name in order}
     plain = best == (max if c.higher else min)(means, key=lambda name: means[name])
     rank = "greatest" if c.higher else "least"
-    parts = [f"{best} has the {rank} {metric}, {number(best)}"]
+    aside = sum(each.complete and each.against is None for each in found.rows)
+    of = f"of the {len(order)} settings that have the seeds {', '.join(map(str, found.seeds))}, " if aside else ""
+    parts = [f"{of}{best} has the {rank} {metric}, {number(best)}"]
     if not plain:
-        parts = [f"{best} has the {rank} geometric mean of {metric}; its mean is {number(best)}"]
+        parts = [f"{of}{best} has the {rank} geometric mean of {metric}; its mean is {number(best)}"]
     if ties:
         parts.append(f"not told apart from it: {', '.join(ties)}")
     named = worse if len(worse) <= NAMED else worse[: NAMED - 1]

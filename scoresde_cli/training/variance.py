@@ -151,12 +151,11 @@ def step_seconds(plan: Plan, losses: Sequence[Loss], turns: int, part: float = m
     model, field = copy.deepcopy((plan.model, plan.field))  # they share their weights, and so do the copies
     trial = replace(plan, model=model, field=field)
     state = loop.start(trial)
-    least, start, limit = [math.inf] * len(losses), time.perf_counter(), math.inf
+    least, start = [math.inf] * len(losses), 0.0
     for turn in range(turns + 1):
         if turn == 1:
-            step, start = (time.perf_counter() - start) / len(losses), time.perf_counter()
-            limit = part * min(plan.steps * step, plan.max_seconds or math.inf)
-        elif turn > 3 and time.perf_counter() - start > limit:
+            start = time.perf_counter()
+        elif turn > 3 and time.perf_counter() - start > part * min(plan.steps * least[0], plan.max_seconds or math.inf):
             break
         for i in torch.randperm(len(losses), generator=generator(plan.seed, "turns", turn)).tolist():
             began = time.perf_counter()
