@@ -114,20 +114,13 @@ def check_values(name: str, flags: list[str], varying: dict[str, list[str]], fix
         else []
     )
     plain = [o for o in fixed if not o.startswith("hydra")]
-    of_data = any(key.split(".")[0] == "data" for key in varying)
-    seen: set[str] = set()
     with initialize_config_dir(str(configs.conf_dir()), version_base="1.3"):
         for pick in picks:
             overrides = [*plain, *(f"{key}={value}" for key, value in pick.items())]
             try:
                 config = compose(name, [*overrides, *own])
                 if name == "train":
-                    composition = importlib.import_module("scoresde_cli.compose")
-                    chosen: Any = OmegaConf.to_container(config, resolve=True)
-                    composition.check(chosen)
-                    if of_data and repr(chosen["data"]) not in seen:  # what is missing shows now and not in the night
-                        composition.build(chosen["data"], "data")
-                        seen.add(repr(chosen["data"]))
+                    importlib.import_module("scoresde_cli.compose").check(OmegaConf.to_container(config, resolve=True))
             except ScoreSDEError:
                 raise
             except Exception as problem:

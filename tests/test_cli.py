@@ -123,7 +123,6 @@ WRONG = [
     wrong("train", "data=digits", "network=unet", "network.attention=[3]", says="expected some of [8, 4, 2]"),
     wrong("train", "data=digits", "network=unet", "network.multipliers=[]", says="one number a level"),
     wrong("train", "sde=correlated", "sde.sigma=low_rank", "sde.rank=5", says="sde.rank=5: expected at most 2"),
-    wrong("train", "-m", "data=table", "data.path=good.csv,gone.csv", says="gone.csv: it does not exist"),
     wrong("ablate", "study=correlation", "size=smoke", "data=moons", says="brings its own data"),
     wrong(
         "ablate", "study=jump", "size=smoke", "data=moons", "study.parts=[exact]", says="fields under jumps are known"

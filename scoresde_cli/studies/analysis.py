@@ -16,7 +16,7 @@ import numpy as np
 from scoresde_cli.errors import ScoreSDEError
 from scoresde_cli.evaluation import unlike
 from scoresde_cli.studies.report import Table
-from scoresde_cli.studies.statistics import Comparison, Difference, Estimate, compare, mean
+from scoresde_cli.studies.statistics import Comparison, Difference, Estimate, common, compare, mean
 
 NO_NATURAL_ZERO = ("loss", "nats", "bits/dim")  # units of which a ratio means nothing
 UNEVEN = 1.3  # the most over the fewest steps of one setting: a busy machine, not the spread of a quiet one
@@ -187,7 +187,7 @@ def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
     entries = [cell.summary[metric] for group in named.values() for cell in group if cell.number(metric) is not None]
     rows = [row(metric, name, group) for name, group in named.items()]
     complete = [each for each in rows if each.complete]
-    seeds = shared(complete)
+    seeds = common([set(each.values) for each in complete])
     finished = {name: sum(cell.status == "finished" for cell in group) for name, group in named.items()}
     notes = [
         f"{each.label}: {len(each.values)} of {finished[each.label]} finished runs have a finite number; not compared"
@@ -198,9 +198,9 @@ def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
     notes += [
         f"{each.label}: not compared, it lacks one of the seeds {named_seeds}"
         for each in complete
-        if not has(each, seeds)
+        if not set(seeds) <= set(each.values)
     ]
-    complete = [each for each in complete if has(each, seeds)]
+    complete = [each for each in complete if set(seeds) <= set(each.values)]
     dropped = sorted({seed for each in complete for seed in each.values} - set(seeds))
     if dropped:
         notes.append(
@@ -218,26 +218,6 @@ def measure(metric: str, named: Mapping[str, Sequence[Cell]]) -> Measured:
     return Measured(
         metric, entries[0]["unit"], rows, seeds, comparison, float(np.median(floors)) if floors else None, notes
     )
-
-
-def has(each: Row, seeds: Sequence[int]) -> bool:
-    return set(seeds) <= set(each.values)
-
-
-def shared(rows: Sequence[Row]) -> list[int]:
-    """The seeds to compare over: those that all share, or that two of the settings do, by which most is learnt of most pairs; a
-    setting that lacks some of them is left aside, so that one run does not take the others' seeds away."""
-    sets = [set(each.values) for each in rows]
-
-    def worth(seeds: set[int]) -> tuple[int, int]:
-        count = sum(seeds <= other for other in sets)
-        pairs = count * (count - 1)
-        return pairs * (len(seeds) - 1), pairs * len(seeds)
-
-    choices = (
-        {tuple(sorted(a & b)) for a in sets for b in sets} | {tuple(sorted(set.intersection(*sets)))} if sets else {()}
-    )
-    return list(max(sorted(choices), key=lambda seeds: worth(set(seeds))))
 
 
 def row(metric: str, name: str, group: Sequence[Cell]) -> Row:

@@ -252,31 +252,24 @@ def panels(cells: Sequence[Cell], metrics: Sequence[str], by: Sequence[str]) -> 
 def conclusions(
     found: Sequence[Grouped], out: Path, conclude: Callable[[analysis.Panel], list[str]] = lambda panel: []
 ) -> Findings:
-    """What panels say; raises ScoreSDEError where none has a number."""
+    """What panels say."""
     answers, tables, notes = [], [], []
     for panel, _ in found:
         answers += conclude(panel) + analysis.answers(panel)
         tables += analysis.tables(panel)
         notes += analysis.left_out(panel)
     told = [(panel, group) for panel, group in found if panel.measured]
-    if not told:
-        raise ScoreSDEError("; ".join(["no run has a number that can be compared", *dict.fromkeys(notes)]))
+    answers = answers or ["no run has a number that can be compared"]
     return Findings(answers, tables, draw(told, out), list(dict.fromkeys(notes)))
 
 
 def draw(found: Sequence[Grouped], out: Path) -> list[Figure]:
-    """A figure for each dimension over the number of directions, where three make a curve; else one of dots for each panel."""
+    """A figure over the number of directions, where three make a curve; else one of dots for each panel."""
     counts = {c.setting.get("n_proj") for _, group in found for c in group if isinstance(c.setting.get("n_proj"), int)}
     figures: list[Figure] = []
     if len(counts) > 2:
-        dims = [group[0].setting.get("data.d") for _, group in found]
-        for d in dict.fromkeys(dims):
-            chosen = [panel for (panel, _), one in zip(found, dims, strict=True) if one == d]
-            name, where = ("n_proj.png", "") if d is None else (f"n_proj-d{d}.png", f"d = {d}: ")
-            path = charts.by_number(chosen, "n_proj", out / name, where.rstrip(": "))
-            figures.append(
-                Figure(path, f"{where}each number against the directions a sample; bands are 95 % intervals.")
-            )
+        path = charts.by_number([panel for panel, _ in found], "n_proj", out / "n_proj.png")
+        figures.append(Figure(path, "Each number against the directions a sample; bands are 95 % intervals."))
     else:
         for i, (panel, _) in enumerate(found):
             path = charts.dots(panel, out / f"comparison-{i}.png", panel.title)

@@ -21,7 +21,7 @@ cases (17 without it), and no method knows better from so few. With k = 2 it is 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -192,6 +192,21 @@ class Comparison:
 @cache
 def quantile(k: int, df: int) -> float:
     return float(stats.studentized_range.ppf(LEVEL, k, df))
+
+
+def common(seeds: Sequence[Set[int]]) -> list[int]:
+    """Over which seeds to compare settings that have these: those that all share, or two of them, by which most is learnt of most
+    pairs. A setting that lacks some of them is left aside, so that one run does not take the others' seeds away."""
+
+    def worth(chosen: tuple[int, ...]) -> tuple[int, int]:
+        count = sum(set(chosen) <= each for each in seeds)
+        pairs = count * (count - 1)
+        return pairs * (len(chosen) - 1), pairs * len(chosen)
+
+    choices = {tuple(sorted(a & b)) for a in seeds for b in seeds}
+    choices |= {tuple(sorted(set(seeds[0]).intersection(*seeds)))} if seeds else {()}
+    best: tuple[int, ...] = max(sorted(choices), key=worth)
+    return list(best)
 
 
 def compare(values: Mapping[str, Sequence[float]], log: bool, higher: bool = False) -> Comparison:
