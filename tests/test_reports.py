@@ -449,7 +449,7 @@ def test_two_numbers_of_directions_are_dots_and_three_a_curve(tmp_path, counts, 
 def test_no_words_overlap_in_a_figure_of_twelve_settings(drawn, tmp_path, kind):
     path = tmp_path / "x.png"
     if kind == "by_number":
-        charts.by_number(twelve(), "n_proj", path, "a title")
+        charts.by_number(twelve(), "n_proj", path)
     elif kind == "dots":
         charts.dots(twelve()[0], path, "a title")
     else:

@@ -93,7 +93,7 @@ def key(colour: str, marker: str, name: str, **more: Any) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, ms=5, lw=1.5, label=name, **more)
 
 
-def by_number(panels: Sequence[Panel], number: str, path: Path, title: str = "") -> Path:
+def by_number(panels: Sequence[Panel], number: str, path: Path) -> Path:
     """Metrics by a numeric factor: a column a panel, a row a metric, a line for each setting of the other factors.
 
     Settings without the factor are horizontal bands.
@@ -133,7 +133,6 @@ def by_number(panels: Sequence[Panel], number: str, path: Path, title: str = "")
         if not all(each.complete for each in rows):
             handles.append(key("0.3", "o", "not all runs finished", markerfacecolor="white", ls=""))
         below(figure, handles)
-        figure.suptitle(title, fontsize=10)
         return finish(figure, path)
 
 
